@@ -1,0 +1,95 @@
+"""Everything fumehood raises: one class for each thing a caller can act on.
+
+    FumehoodError
+    |-- InvalidInput            what you passed is wrong; nothing was started
+    |   |-- PolicyError         the policy document is wrong (unknown preset, contradiction, range)
+    |   `-- ProfileError        the seccomp JSON is wrong (names the line)
+    |-- ProtectionUnavailable   a required protection can't be enforced here; creation failed closed
+    |-- CapacityExceeded        no uid, memory, disk or place left on this host; try later
+    |-- NotFound                no such sandbox, context, process, file or checkpoint
+    |-- FileFault               a file operation inside the sandbox failed (errno kept)
+    |-- InvalidTransition       the sandbox is in a state that does not allow this
+    |-- SandboxGone             the sandbox ended (killed, out of memory, its zygote died); make a new one
+    |-- AgentUnresponsive       the agent did not answer within the deadline
+    |-- WireError               the guest broke the protocol; its sandbox is killed
+    `-- SetupFailed             a step of the creation recipe failed (names the step); all undone
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class FumehoodError(Exception):
+    """Base of all. `code` is stable and closed; `cause` says why, `remediation` what to do about it."""
+
+    code = "internal"
+    retryable = False
+
+    def __init__(self, message: str, *, cause: str = "", remediation: str = "", **details: Any) -> None:
+        super().__init__(message)
+        self.message = message
+        self.cause = cause
+        self.remediation = remediation
+        self.details = details
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "code": self.code,
+            "message": self.message,
+            "cause": self.cause,
+            "remediation": self.remediation,
+            "retryable": self.retryable,
+            **({"details": self.details} if self.details else {}),
+        }
+
+
+class InvalidInput(FumehoodError):
+    code = "invalid_input"
+
+
+class PolicyError(InvalidInput):
+    code = "invalid_policy"
+
+
+class ProfileError(InvalidInput):
+    code = "invalid_seccomp_profile"
+
+
+class ProtectionUnavailable(FumehoodError):
+    code = "protection_unavailable"
+
+
+class CapacityExceeded(FumehoodError):
+    code = "capacity_exceeded"
+    retryable = True
+
+
+class NotFound(FumehoodError):
+    code = "not_found"
+
+
+class FileFault(FumehoodError):
+    """`details["errno"]` is the errno name seen inside, such as ENOENT or ENOSPC."""
+
+    code = "file_error"
+
+
+class InvalidTransition(FumehoodError):
+    code = "invalid_transition"
+
+
+class SandboxGone(FumehoodError):
+    code = "sandbox_gone"
+
+
+class AgentUnresponsive(FumehoodError):
+    code = "agent_unresponsive"
+
+
+class WireError(FumehoodError):
+    code = "wire_error"
+
+
+class SetupFailed(FumehoodError):
+    code = "setup_failed"

@@ -1,0 +1,79 @@
+"""The contract that every tier keeps. tests/contract runs it over fake, native, and later oci and microvm."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from fumehood.events import Event
+from fumehood.model import Enforcement, Limits, Protection, SandboxSpec, Usage
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a tier can do on this host, probed, not assumed."""
+
+    tier: str
+    available: bool
+    protections: tuple[Protection, ...]
+    snapshot: bool = False
+    fork: bool = False
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """A live reading from the host's accounting."""
+
+    usage: Usage
+    memory_bytes: int
+    pids: int
+    oom_kills: int  # since the start of the sandbox
+    pids_refused: int  # forks refused by the pids limit, since the start
+
+
+class Handle(Protocol):
+    """One live sandbox. Every method is idempotent where the word allows it."""
+
+    sandbox_id: str
+    protections: tuple[Protection, ...]
+
+    async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """The one duplex byte stream to the agent, at its HELLO frame. Callable once."""
+        ...
+
+    async def pause(self) -> None: ...
+    async def resume(self) -> None: ...
+    def stats(self) -> Stats: ...
+    async def limit(self, limits: Limits) -> None:
+        """Bind other limits late, on a live sandbox (cgroup writes only)."""
+        ...
+
+    async def kill(self) -> None:
+        """End every process of the sandbox at once. Returns when none is left."""
+        ...
+
+    async def aclose(self) -> None:
+        """Kill, then give every resource back: cgroups, uid, journal entry, descriptors."""
+        ...
+
+    async def wait_dead(self) -> None:
+        """Returns when the sandbox has ended, for whatever reason."""
+        ...
+
+
+class Runtime(Protocol):
+    tier: str
+
+    async def start(self, spec: SandboxSpec, sandbox_id: str, on_event: Callable[[Event], None]) -> Handle: ...
+    def capabilities(self) -> Capabilities: ...
+    async def aclose(self) -> None: ...
+
+
+def missing(required: frozenset[str], protections: Sequence[Protection]) -> list[Protection]:
+    """The required protections that are not enforced; a required name that no tier knows counts as missing."""
+    known = {p.name: p for p in protections}
+    absent = [Protection(name, Enforcement.OFF, "unknown to this tier") for name in sorted(required - known.keys())]
+    return absent + [known[n] for n in sorted(required & known.keys()) if known[n].state is not Enforcement.ENFORCED]
