@@ -1,18 +1,18 @@
 """Everything fumehood raises: one class for each thing a caller can act on.
 
-    FumehoodError
-    |-- InvalidInput            what you passed is wrong; nothing was started
-    |   |-- PolicyError         the policy document is wrong (unknown preset, contradiction, range)
-    |   `-- ProfileError        the seccomp JSON is wrong (names the line)
-    |-- ProtectionUnavailable   a required protection can't be enforced here; creation failed closed
-    |-- CapacityExceeded        no uid, memory, disk or place left on this host; try later
-    |-- NotFound                no such sandbox, context, process, file or checkpoint
-    |-- FileFault               a file operation inside the sandbox failed (errno kept)
-    |-- InvalidTransition       the sandbox is in a state that does not allow this
-    |-- SandboxGone             the sandbox ended (killed, out of memory, its zygote died); make a new one
-    |-- AgentUnresponsive       the agent did not answer within the deadline
-    |-- WireError               the guest broke the protocol; its sandbox is killed
-    `-- SetupFailed             a step of the creation recipe failed (names the step); all undone
+FumehoodError
+|-- InvalidInput            what you passed is wrong; nothing was started
+|   |-- PolicyError         the policy document is wrong (unknown preset, contradiction, range)
+|   `-- ProfileError        the seccomp JSON is wrong (names the line)
+|-- ProtectionUnavailable   a required protection can't be enforced here; creation failed closed
+|-- CapacityExceeded        no uid, memory, disk or place left on this host; try later
+|-- NotFound                no such sandbox, context, process, file or checkpoint
+|-- FileFault               a file operation inside the sandbox failed (errno kept)
+|-- InvalidTransition       the sandbox is in a state that does not allow this
+|-- SandboxGone             the sandbox ended (killed, out of memory, its zygote died); make a new one
+|-- AgentUnresponsive       the agent did not answer within the deadline
+|-- WireError               the guest broke the protocol; its sandbox is killed
+`-- SetupFailed             a step of the creation recipe failed (names the step); all undone
 """
 
 from __future__ import annotations
