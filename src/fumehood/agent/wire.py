@@ -70,7 +70,7 @@ def parse_header(header: bytes) -> tuple[int, int, int]:
         raise BadFrame(f"unknown frame kind {kind}")
     if (kind == HELLO) != (stream == 0):
         raise BadFrame("stream 0 carries HELLO and nothing else")
-    if kind in _EMPTY_KINDS and length or kind == DATA and not length:
+    if (kind in _EMPTY_KINDS and length) or (kind == DATA and not length):
         raise BadFrame(f"a frame of kind {kind} can't have {length} bytes")
     return length, stream, kind
 
