@@ -145,7 +145,7 @@ class Mount:
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """What a zygote is built from. `root` None = the host's own Python environment, else an unpacked image directory."""
+    """What a zygote is built from. `root` None = the host's own Python environment, else a directory with an image."""
 
     name: str = "python"
     root: str | None = None
