@@ -1,0 +1,202 @@
+"""The host's end of the channel: many streams over one connection. All that arrives is the guest's, so hostile input."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fumehood.agent import wire
+from fumehood.errors import AgentUnresponsive, FileFault, FumehoodError, InvalidInput, NotFound, SandboxGone, WireError
+
+# Above this a stream's unread frames stop the reading of the whole channel, so that a flood meets the kernel's socket
+# buffer and then blocks its author: a sandbox can make the host hold this much and no more (H15).
+_BUFFERED_BYTES = 8 << 20
+_ERRORS: dict[str, type[FumehoodError]] = {
+    "invalid": InvalidInput,
+    "unsupported": InvalidInput,
+    "exists": FileFault,
+    "file_error": FileFault,
+    "not_found": NotFound,
+}
+
+
+class Stream:
+    """One exchange. Iterate for DATA and EVENT frames; then `ok` holds the END. Raises what END's error stands for."""
+
+    def __init__(self, link: Link, number: int) -> None:
+        self._link, self.number = link, number
+        self._frames: collections.deque[wire.Frame] = collections.deque()
+        self._arrived = asyncio.Event()
+        self.buffered_bytes = 0
+        self.ok: dict[str, Any] = {}
+        self._ended = False
+
+    def _push(self, frame: wire.Frame) -> None:
+        self._frames.append(frame)
+        self.buffered_bytes += len(frame.payload)
+        self._arrived.set()
+
+    async def __aiter__(self) -> AsyncIterator[wire.Frame]:
+        while not self._ended:
+            if not self._frames:
+                if self._link.lost:
+                    raise SandboxGone("the sandbox ended", cause=self._link.lost, remediation="create a new sandbox")
+                self._arrived.clear()
+                await self._arrived.wait()
+                continue
+            frame = self._frames.popleft()
+            self.buffered_bytes -= len(frame.payload)
+            self._link.room()
+            if frame.kind == wire.END:
+                self._finish(self._link.checked_json(frame))
+            else:
+                yield frame
+
+    def _finish(self, end: dict[str, Any]) -> None:
+        self._ended = True
+        self._link.forget(self.number)
+        if (error := end.get("error")) is not None:
+            raise _error(error)
+        self.ok = end.get("ok") or {}
+
+    async def result(self) -> dict[str, Any]:
+        """Drain the stream, return END's ok object."""
+        async for _ in self:
+            pass
+        return self.ok
+
+    async def send(self, data: bytes, channel: int = wire.STDIN) -> None:
+        for start in range(0, len(data), wire.CHUNK_BYTES):
+            chunk = data[start : start + wire.CHUNK_BYTES]
+            await self._link.send(wire.encode(self.number, wire.DATA, bytes([channel]) + chunk))
+
+    async def close_input(self) -> None:
+        await self._link.send(wire.encode(self.number, wire.CLOSE))
+
+    async def cancel(self) -> None:
+        if not self._ended:
+            await self._link.send(wire.encode(self.number, wire.CANCEL))
+
+    def abandon(self) -> None:
+        """Stop following without a word: late frames of the stream are dropped."""
+        self._ended = True
+        self._link.forget(self.number)
+
+
+def _error(error: Any) -> FumehoodError:
+    if not isinstance(error, dict):
+        return WireError("the agent sent an error that is not an object")
+    code, message = str(error.get("code")), str(error.get("message"))[:4096]  # pyright: ignore[reportUnknownArgumentType,reportUnknownMemberType]
+    details = {"errno": str(error["errno"])[:32]} if "errno" in error else {}  # pyright: ignore[reportUnknownArgumentType]
+    return _ERRORS.get(code, FumehoodError)(message, cause=f"the agent answered {code[:32]}", **details)
+
+
+class Link:
+    """Owns the connection to one agent. `lost` is empty while it lives, else says why it is gone."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader, self._writer = reader, writer
+        self._streams: dict[int, Stream] = {}
+        self._next = 1
+        self._space = asyncio.Event()
+        self._space.set()
+        self._task: asyncio.Task[None] | None = None
+        self._sending = asyncio.Lock()
+        self.hello: dict[str, Any] = {}
+        self.lost = ""
+
+    async def start(self, timeout_s: float) -> None:
+        """Exchange HELLO. Raises AgentUnresponsive, WireError or SandboxGone."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                frame = await self._read()
+        except TimeoutError:
+            raise AgentUnresponsive(f"the agent said nothing within {timeout_s} s") from None
+        except asyncio.IncompleteReadError:
+            raise SandboxGone("the sandbox ended before its agent spoke") from None
+        if frame.kind != wire.HELLO:
+            raise WireError("the agent's first frame is not HELLO")
+        self.hello = self.checked_json(frame)
+        generation = self.hello.get("generation")
+        if not isinstance(generation, int) or generation < wire.GENERATION:
+            raise WireError(f"the agent speaks generation {generation!r}, this host needs {wire.GENERATION}")
+        await self.send(wire.encode_json(0, wire.HELLO, {"generation": wire.GENERATION}))
+        self._task = asyncio.create_task(self._receive())
+
+    async def open(self, verb: str, **arguments: Any) -> Stream:
+        if self.lost:
+            raise SandboxGone("the sandbox ended", cause=self.lost, remediation="create a new sandbox")
+        stream = Stream(self, self._next)
+        self._next += 1
+        self._streams[stream.number] = stream
+        await self.send(wire.encode_json(stream.number, wire.OPEN, {"verb": verb, **arguments}))
+        return stream
+
+    async def call(self, verb: str, **arguments: Any) -> dict[str, Any]:
+        return await (await self.open(verb, **arguments)).result()
+
+    async def send(self, frame: bytes) -> None:
+        try:
+            async with self._sending:
+                self._writer.write(frame)
+                await self._writer.drain()
+        except (ConnectionError, RuntimeError) as e:
+            self._lose(f"the channel broke: {e}")
+            raise SandboxGone("the sandbox ended", cause=self.lost) from None
+
+    def checked_json(self, frame: wire.Frame) -> dict[str, Any]:
+        try:
+            return frame.json()
+        except wire.BadFrame as e:
+            raise WireError("the agent broke the protocol", cause=str(e)) from None
+
+    def forget(self, number: int) -> None:
+        self._streams.pop(number, None)
+        self.room()
+
+    def room(self) -> None:
+        if sum(s.buffered_bytes for s in self._streams.values()) < _BUFFERED_BYTES:
+            self._space.set()
+
+    async def _read(self) -> wire.Frame:
+        try:
+            length, stream, kind = wire.parse_header(await self._reader.readexactly(wire.HEADER_BYTES))
+        except wire.BadFrame as e:
+            raise WireError("the agent broke the protocol", cause=str(e)) from None
+        return wire.Frame(stream, kind, await self._reader.readexactly(length) if length else b"")
+
+    async def _receive(self) -> None:
+        try:
+            while True:
+                frame = await self._read()
+                if frame.kind not in (wire.DATA, wire.EVENT, wire.END):
+                    raise WireError(f"the agent sent a frame of kind {frame.kind}")
+                if (stream := self._streams.get(frame.stream)) is None:
+                    continue
+                stream._push(frame)  # pyright: ignore[reportPrivateUsage]
+                if stream.buffered_bytes >= _BUFFERED_BYTES:
+                    self._space.clear()
+                    self.room()
+                    await self._space.wait()
+        except WireError as e:
+            self._lose(f"{e.message}: {e.cause}")
+        except (asyncio.IncompleteReadError, ConnectionError):
+            self._lose("the agent's end of the channel closed")
+
+    def _lose(self, why: str) -> None:
+        self.lost = self.lost or why
+        self._writer.close()
+        for stream in self._streams.values():
+            stream._arrived.set()  # pyright: ignore[reportPrivateUsage]
+
+    async def aclose(self) -> None:
+        self._lose("closed by its owner")
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+        with contextlib.suppress(ConnectionError):
+            await self._writer.wait_closed()

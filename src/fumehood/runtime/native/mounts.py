@@ -1,0 +1,87 @@
+"""The mounts of one sandbox, made in its own mount namespace over the template's root. Stdlib only.
+
+Everything inherited from the zygote is locked by the kernel (mount_namespaces(7)): it can be neither unmounted nor made
+writable from here, whatever capabilities the sandbox's user namespace grants (H6).
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Sequence
+
+from fumehood.runtime.native import syscalls as sc
+from fumehood.runtime.native.root import HOME, SUPPORT, UID, bind, set_read_only
+
+_FLAGS = sc.MS_NOSUID | sc.MS_NODEV
+# What of /proc stays: the process directories, what describes only this sandbox, and the files that root.py wrote for it.
+_PROC_KEPT = frozenset({"self", "thread-self", "mounts", "net"})
+_PROC_OWN = ("cpuinfo", "stat", "version", "uptime", "loadavg", "filesystems", "sys")
+
+
+def disk(size_bytes: int, inodes: int) -> int:
+    """One tmpfs for all that the sandbox may write, so that one limit holds for all of it. Returns a descriptor of it."""
+    data = f"size={size_bytes},nr_inodes={inodes},mode=0755,uid={UID},gid={UID}"
+    sc.mount("tmpfs", "/tmp", "tmpfs", _FLAGS, data)
+    for name, mode in (("home", 0o755), ("shm", 0o1777), ("tmp", 0o1777)):
+        os.mkdir(f"/tmp/{name}")
+        os.chmod(f"/tmp/{name}", mode)
+    fd = os.open("/tmp", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    sc.mount("/tmp/home", HOME, flags=sc.MS_BIND)
+    sc.mount("/tmp/shm", "/dev/shm", flags=sc.MS_BIND)
+    sc.mount("/tmp/tmp", "/tmp", flags=sc.MS_BIND)  # last: it covers the other two
+    return fd
+
+
+def proc(memory_bytes: int) -> None:
+    """A /proc of this pid namespace with an allow-list: what a newer kernel adds is masked too (H23)."""
+    sc.mount("proc", "/proc", "proc", _FLAGS | sc.MS_NOEXEC)
+    for name in os.listdir("/proc"):
+        if name.isdigit() or name in _PROC_KEPT:
+            continue
+        own = f"{SUPPORT}/proc/{name}"
+        if name == "meminfo":
+            sc.mount(_meminfo(memory_bytes), "/proc/meminfo", flags=sc.MS_BIND)
+        elif name in _PROC_OWN:
+            sc.mount(own, f"/proc/{name}", flags=sc.MS_BIND)
+        else:
+            mask(f"/proc/{name}")
+
+
+def _meminfo(memory_bytes: int) -> str:
+    kib = memory_bytes >> 10
+    rows = {
+        "MemTotal": kib,
+        "MemFree": kib,
+        "MemAvailable": kib,
+        "Buffers": 0,
+        "Cached": 0,
+        "SwapTotal": 0,
+        "SwapFree": 0,
+    }
+    path = "/dev/shm/.meminfo"
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o444)
+    os.write(fd, "".join(f"{k + ':':<16}{v:>8} kB\n" for k, v in rows.items()).encode())
+    os.close(fd)
+    return path
+
+
+def mask(path: str) -> None:
+    source = f"{SUPPORT}/empty" if stat.S_ISDIR(os.stat(path).st_mode) else f"{SUPPORT}/nothing"
+    sc.mount(source, path, flags=sc.MS_BIND)
+
+
+def terminals() -> None:
+    # An instance of its own: TIOCSTI or a reopened /dev/pts/N can't reach a terminal of the host.
+    sc.mount("devpts", "/dev/pts", "devpts", sc.MS_NOSUID | sc.MS_NOEXEC, "newinstance,ptmxmode=0666,mode=0620")
+
+
+def apply_rules(read_only: Sequence[str], hidden: Sequence[str]) -> None:
+    """Mount-level part of the policy's file rules; paths that do not exist can't be read either way."""
+    for path in read_only:
+        if os.path.exists(path):
+            bind(path, path)
+            set_read_only(path)
+    for path in hidden:
+        if os.path.exists(path):
+            mask(path)
