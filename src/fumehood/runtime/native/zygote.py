@@ -12,25 +12,23 @@ its end, for whatever reason, is the end of every sandbox made from it: nothing 
 
 from __future__ import annotations
 
-import array
 import json
 import os
 import signal
 import socket
-import sys
 from typing import Any, NoReturn
 
 from fumehood.runtime.native import recipe, root
 from fumehood.runtime.native import syscalls as sc
 
-CONTROL_FD = 3
-_LOADER = "import sys; sys.path.insert(0, {path!r}); from fumehood.runtime.native import zygote; zygote.{entry}()"
+_LOADER = "import sys; sys.path.insert(0, {path!r}); from fumehood.runtime.native import zygote; zygote.{entry}({fd})"
 _PYTHONS = ("/usr/local/bin/python3", "/usr/bin/python3", "/opt/venv/bin/python3", "/bin/python3")
 
 
-def command(python: str, path: str, entry: str) -> list[str]:
+def command(python: str, path: str, entry: str, control_fd: int) -> list[str]:
     # -I: no environment, no user site, no current directory (H8). `build` needs no site-packages at all.
-    return [python, "-I", *(["-S"] if entry == "build" else []), "-B", "-c", _LOADER.format(path=path, entry=entry)]
+    loader = _LOADER.format(path=path, entry=entry, fd=control_fd)
+    return [python, "-I", *(["-S"] if entry == "build" else []), "-B", "-c", loader]
 
 
 def _die_with_parent() -> None:
@@ -38,6 +36,11 @@ def _die_with_parent() -> None:
     sc.prctl(sc.PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before the call
         os._exit(1)
+
+
+def _fail(control: socket.socket, message: str) -> NoReturn:
+    control.send(json.dumps({"failed": message}).encode())
+    os._exit(1)
 
 
 def _map_self(uid: int, gid: int) -> None:
@@ -48,9 +51,9 @@ def _map_self(uid: int, gid: int) -> None:
         os.close(fd)
 
 
-def build() -> None:
+def build(control_fd: int) -> None:
     """Program 1. The order is forced: ids before mounts (rootless), fork before /proc, uid drop last before exec."""
-    control = socket.socket(fileno=CONTROL_FD)
+    control = socket.socket(fileno=control_fd)
     order: dict[str, Any] = json.loads(control.recv(1 << 16))
     rootless = order["uid"] is None
     _die_with_parent()
@@ -64,7 +67,10 @@ def build() -> None:
         os._exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) & 0xFF)
     _die_with_parent()
     sc.call(sc.UNSHARE, sc.NEWNET)  # a zygote has no network either; after fork, so that the waiter keeps nothing of it
-    root.build(order["scratch"], order["package"], order["template"], order["prefixes"])
+    try:
+        root.build(order["scratch"], order["package"], order["template"], order["prefixes"])
+    except OSError as e:
+        _fail(control, f"building the root: {e}")
     if not rootless:
         os.setgroups([])
         os.setresgid(order["uid"], order["uid"], order["uid"])
@@ -76,19 +82,19 @@ def build() -> None:
             json.dumps({"failed": "the image has no Python 3 where one is looked for: " + ", ".join(_PYTHONS)}).encode()
         )
         os._exit(1)
-    os.set_inheritable(CONTROL_FD, True)
+    os.set_inheritable(control_fd, True)
     env = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": root.HOME, "LANG": "C.UTF-8", "FUMEHOOD_ORDER": json.dumps(order)}
-    os.execve(python, command(python, f"{root.SUPPORT}/lib", "serve"), env)
+    os.execve(python, command(python, f"{root.SUPPORT}/lib", "serve", control_fd), env)
 
 
-def serve() -> NoReturn:
+def serve(control_fd: int) -> NoReturn:
     """Program 2: preload, then one message = one sandbox. Ends with the supervisor's end of the socket."""
     order: dict[str, Any] = json.loads(os.environ.pop("FUMEHOOD_ORDER"))
     os.environ.update(order["environ"])
     from fumehood.agent import python as executor
 
-    control = socket.socket(fileno=CONTROL_FD)
-    os.set_inheritable(CONTROL_FD, False)
+    control = socket.socket(fileno=control_fd)
+    os.set_inheritable(control_fd, False)
     os.umask(0o022)
     os.chdir("/")
     executor.preload(tuple(order["template"]["preload"]))
@@ -104,23 +110,13 @@ def serve() -> NoReturn:
 
 
 def _spawn(control: socket.socket, channel_fd: int, *, rootless: bool) -> None:
+    """Answers only when clone() failed: a child that lives reports on its own channel."""
     try:
         pid = sc.clone(recipe.NAMESPACES)
     except OSError as e:
-        answer: dict[str, Any] = {"failed": f"clone: {e}"}
+        control.send(json.dumps({"failed": f"clone: {e}"}).encode())
     else:
         if pid == 0:
             control.close()
             recipe.run(socket.socket(fileno=channel_fd), rootless=rootless, map_self=_map_self)
-        answer = {"pid": pid}
     os.close(channel_fd)
-    control.send(json.dumps(answer).encode())
-
-
-def send_fd(control: socket.socket, fd: int) -> None:
-    """Supervisor side of one request: hand over the sandbox's end of its channel."""
-    control.sendmsg([b"spawn"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))])
-
-
-if __name__ == "__main__":
-    sys.exit("started by fumehood's native runtime only")

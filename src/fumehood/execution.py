@@ -1,0 +1,161 @@
+"""One execution: follow its stream under a deadline and caps, stop it when one is passed, and say what it came to."""
+
+from __future__ import annotations
+
+import asyncio
+import codecs
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from fumehood.agent import wire
+from fumehood.errors import FumehoodError, SandboxGone
+from fumehood.model import CodeError, FileChange, Limits, RichResult
+from fumehood.outcome import Ended
+from fumehood.runtime.link import Link, Stream
+
+# A run that does not end this long after its cancellation takes the whole sandbox along, so that "timeout" means the
+# stated deadline to within a quarter of a second, whatever the guest does (H17).
+STOP_GRACE_S = 0.2
+_MAX_RESULTS, _MAX_RESULT_BYTES, _MAX_CHANGES = 256, 32 << 20, 1_000
+_STREAMS = {wire.STDOUT: "stdout", wire.STDERR: "stderr", wire.TERMINAL: "stdout"}
+
+
+class OutputOverflow(Exception):
+    """The stream carried more than `output_kill_bytes`."""
+
+
+@dataclass
+class Sinks:
+    """Called as things arrive: `output(name, text)`, name stdout or stderr; `result(RichResult)`."""
+
+    output: Callable[[str, str], None] | None = None
+    result: Callable[[RichResult], None] | None = None
+
+
+@dataclass
+class Capture:
+    """Bounded memory of one execution, whatever arrives (H15)."""
+
+    limits: Limits
+    sinks: Sinks
+    kept: dict[str, bytearray] = field(default_factory=lambda: {"stdout": bytearray(), "stderr": bytearray()})
+    truncated: set[str] = field(default_factory=set[str])
+    results: list[RichResult] = field(default_factory=list[RichResult])
+    error: CodeError | None = None
+    execution_count: int | None = None
+    pid: int | None = None
+    _total_bytes: int = 0
+    _result_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        self._decoders = {name: codecs.getincrementaldecoder("utf-8")("replace") for name in self.kept}
+
+    def take(self, frame: wire.Frame, link: Link) -> None:
+        if frame.kind == wire.DATA:
+            self._output(_STREAMS.get(frame.payload[0], "stdout"), frame.payload[1:])
+        else:
+            self._event(link.checked_json(frame), len(frame.payload))
+
+    def _output(self, name: str, data: bytes) -> None:
+        self._total_bytes += len(data)
+        if self._total_bytes > self.limits.output_kill_bytes:
+            raise OutputOverflow
+        room = self.limits.output_bytes - len(self.kept[name])
+        self.kept[name] += data[:room]
+        if len(data) > room:
+            self.truncated.add(name)
+        if self.sinks.output is not None and (text := self._decoders[name].decode(data)):
+            self.sinks.output(name, text)
+
+    def _event(self, event: dict[str, Any], size: int) -> None:
+        match event.get("type"):
+            case "result" if isinstance(event.get("data"), dict):
+                self._result_bytes += size
+                if len(self.results) >= _MAX_RESULTS or self._result_bytes > _MAX_RESULT_BYTES:
+                    self.truncated.add("results")
+                    return
+                result = RichResult({str(k): v for k, v in event["data"].items()}, bool(event.get("is_main_result")))
+                self.results.append(result)
+                if self.sinks.result is not None:
+                    self.sinks.result(result)
+            case "error":
+                self.error = CodeError(*(str(event.get(k, ""))[:cap] for k, cap in _ERROR_CAPS.items()))
+            case "count" if isinstance(event.get("execution_count"), int):
+                self.execution_count = event["execution_count"]
+            case "started" if isinstance(event.get("pid"), int):
+                self.pid = event["pid"]
+            case _:
+                pass  # a later generation's event, or noise: neither may harm
+
+    def text(self, name: str) -> str:
+        return self.kept[name].decode("utf-8", "replace")
+
+
+_ERROR_CAPS = {"name": 256, "value": 65_536, "traceback": 1 << 20}
+
+
+@dataclass
+class Followed:
+    """How a stream ended. `end` is the agent's word (END's ok object), empty when there was none."""
+
+    ended: Ended
+    capture: Capture
+    started_at: float
+    execute_s: float = 0.0
+    end: dict[str, Any] = field(default_factory=dict[str, Any])
+    gone_because: str = ""
+
+    def number(self, key: str) -> int | None:
+        value = self.end.get(key)
+        return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+    def changes(self) -> tuple[FileChange, ...]:
+        rows = self.end.get("changed")
+        good = [r for r in rows if isinstance(r, dict)] if isinstance(rows, list) else []  # pyright: ignore[reportUnknownVariableType]
+        return tuple(
+            FileChange(str(r.get("path")), r["kind"], int(r.get("size") or 0))  # pyright: ignore[reportUnknownMemberType,reportUnknownArgumentType]
+            for r in good[:_MAX_CHANGES]
+            if r.get("kind") in ("created", "modified", "removed")  # pyright: ignore[reportUnknownMemberType]
+        )
+
+
+async def follow(link: Link, stream: Stream, capture: Capture, timeout_s: float, kill: Callable[[str], Any]) -> Followed:
+    """Until END, the deadline, a cap or the sandbox's end. `kill(cause)` ends the sandbox when the run can't be stopped."""
+    done = Followed("end", capture, time.monotonic())
+    try:
+        async with asyncio.timeout(timeout_s):
+            async for frame in stream:
+                capture.take(frame, link)
+        done.end = stream.ok
+    except TimeoutError:
+        done.ended = "timeout"
+    except OutputOverflow:
+        done.ended = "output_limit"
+    except SandboxGone as e:
+        done.ended, done.gone_because = "gone", e.cause
+    except asyncio.CancelledError:
+        await asyncio.shield(_stop(link, stream, capture, kill))
+        raise
+    if done.ended in ("timeout", "output_limit"):
+        await _stop(link, stream, capture, kill)
+    done.execute_s = time.monotonic() - done.started_at
+    return done
+
+
+async def _stop(link: Link, stream: Stream, capture: Capture, kill: Callable[[str], Any]) -> None:
+    try:
+        async with asyncio.timeout(STOP_GRACE_S):
+            if capture.pid is not None:
+                await link.call("exec.signal", pid=capture.pid, signal=9, group=True)
+            else:
+                await stream.cancel()
+            await stream.result()
+    except TimeoutError:
+        await kill("it did not stop when told to")
+    except FumehoodError as e:
+        if e.code not in ("not_found", "sandbox_gone"):  # those two: it ended in the meantime
+            raise
+    finally:
+        stream.abandon()

@@ -1,0 +1,223 @@
+"""The native tier: the supervisor's side of each sandbox. It holds root's powers, so it never follows a guest's path."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+from base64 import b64encode
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from typing import Any
+
+from fumehood.config import Config
+from fumehood.errors import ProtectionUnavailable, SetupFailed
+from fumehood.events import Event, ZygoteLost
+from fumehood.model import Limits, Protection, SandboxSpec, Template
+from fumehood.runtime.base import Capabilities, Stats, missing
+from fumehood.runtime.native import accounting, journal, protections, seccomp
+from fumehood.runtime.native.root import UID
+from fumehood.runtime.native.uids import UidBlock
+from fumehood.runtime.native.zygotes import Zygote, readable
+
+
+class NativeHandle:
+    """One live native sandbox. `_undo` gives back, in reverse, whatever start() took."""
+
+    def __init__(self, sandbox_id: str, pidfd: int, channel: socket.socket, disk_fd: int, account: accounting.Account) -> None:
+        self.sandbox_id = sandbox_id
+        self.protections: tuple[Protection, ...] = ()
+        self._pidfd, self._channel, self._disk_fd, self._account = pidfd, channel, disk_fd, account
+        self._undo = AsyncExitStack()
+
+    async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        return await asyncio.open_unix_connection(sock=self._channel)
+
+    async def pause(self) -> None:
+        await asyncio.to_thread(self._account.freeze)
+
+    async def resume(self) -> None:
+        await asyncio.to_thread(self._account.thaw)
+
+    def stats(self) -> Stats:
+        return self._account.reading()
+
+    def disk_is_full(self) -> bool:
+        """Whether the one tmpfs has no block or no inode left; asked of the file system, not of the guest."""
+        room = os.fstatvfs(self._disk_fd)
+        return room.f_bavail == 0 or room.f_favail == 0
+
+    async def limit(self, limits: Limits) -> None:
+        self._account.apply(limits)
+
+    async def kill(self) -> None:
+        _signal(self._pidfd, signal.SIGKILL)
+        self._account.thaw()  # a frozen task of cgroup v1 takes no signal
+        await self.wait_dead()
+
+    async def wait_dead(self) -> None:
+        """The pidfd of a pid namespace's init is readable only when every process in it is gone (pid_namespaces(7))."""
+        await _readable_fd(self._pidfd)
+
+    async def aclose(self) -> None:
+        await self._undo.aclose()
+
+
+class NativeRuntime:
+    """Owns the zygotes, the uid block and this supervisor's journal entry."""
+
+    tier = "native"
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._rootless = os.geteuid() != 0
+        self._layout = accounting.layout(config)
+        journal.reconcile(config.run_dir, lambda name: accounting.remove_instance(self._layout, name))
+        self._instance = journal.Instance(config.run_dir)
+        self._uids = None if self._rootless else UidBlock(config.run_dir / "uids", config.uid_base, config.uid_count_per_supervisor)
+        self._zygotes: dict[Template, Zygote] = {}
+        self._starting: dict[Template, asyncio.Lock] = {}
+        self._filters: dict[str, bytes] = {}
+        self._floor = b64encode(seccomp.compile_floor()).decode()
+        self.protections = protections.probe(self._layout, rootless=self._rootless)
+
+    def capabilities(self) -> Capabilities:
+        return Capabilities(self.tier, available=True, protections=self.protections)
+
+    async def warm(self, template: Template) -> Zygote:
+        """The live zygote of `template`; built, or rebuilt when it was lost. Raises SetupFailed."""
+        lock = self._starting.setdefault(template, asyncio.Lock())
+        async with lock:
+            zygote = self._zygotes.get(template)
+            if zygote is not None and zygote.lost:
+                await zygote.aclose()
+                zygote = None
+            if zygote is None:
+                uid = self._uids.zygote_uid if self._uids else None
+                zygote = await Zygote.start(template, uid, self._instance.scratch, self._config.zygote_start_timeout_s)
+                self._zygotes[template] = zygote
+            return zygote
+
+    async def start(self, spec: SandboxSpec, sandbox_id: str, on_event: Callable[[Event], None], **switches: Any) -> NativeHandle:
+        """The host's half of the recipe (recipe.py has the other). `switches` are a test's: `without`, `fail_at`.
+
+        Raises ProtectionUnavailable, CapacityExceeded, SetupFailed, SandboxGone; whatever was taken is given back.
+        """
+        if lacking := missing(spec.require, self.protections):
+            raise ProtectionUnavailable(
+                "required protections can't be enforced: " + ", ".join(p.name for p in lacking),
+                cause="; ".join(f"{p.name} is {p.state}: {p.detail}" for p in lacking),
+                remediation="; ".join(p.fix for p in lacking if p.fix) or "see `fumehood doctor`",
+            )
+        zygote = await self.warm(spec.template)
+        async with AsyncExitStack() as undo:
+            uid = self._uids.take() if self._uids else None
+            if self._uids and uid is not None:
+                undo.callback(self._uids.give, uid)
+            account = accounting.open_account(self._layout, self._instance.name, sandbox_id, spec.limits)
+            undo.callback(account.close)
+            try:
+                channel, pid = await zygote.spawn()
+            except Exception:
+                if zygote.lost:
+                    on_event(ZygoteLost(sandbox_id, spec.template.name))
+                raise
+            undo.callback(channel.close)
+            pidfd = os.pidfd_open(pid)
+            undo.callback(os.close, pidfd)
+            undo.push_async_callback(_end, pidfd, account)
+            account.attach(pid)
+            if uid is not None:
+                _write_maps(pid, uid)
+            plan = json.dumps(self._plan(spec) | switches).encode()
+            channel.setblocking(True)
+            channel.settimeout(self._config.agent_timeout_s)
+            channel.sendall(len(plan).to_bytes(4, "big") + plan)
+            channel.setblocking(False)
+            disk_fd = await self._receive_disk(channel)
+            undo.callback(os.close, disk_fd)
+            handle = NativeHandle(sandbox_id, pidfd, channel, disk_fd, account)
+            handle.protections = self.protections
+            handle._undo = undo.pop_all()  # pyright: ignore[reportPrivateUsage]
+            return handle
+
+    async def _receive_disk(self, channel: socket.socket) -> int:
+        """The sandbox's file system as a descriptor, for its free space only; or the failure of an earlier step."""
+        async with asyncio.timeout(self._config.agent_timeout_s):
+            await readable(channel)
+        mark, fds, _flags, _address = socket.recv_fds(channel, 1, 1)
+        if mark == b"d" and fds:
+            return fds[0]
+        await asyncio.sleep(0.01)
+        said = channel.recv(4096) if mark else b""
+        raise SetupFailed("the sandbox could not be set up", cause=said[8:].decode(errors="replace") or "it ended silently")
+
+    def _plan(self, spec: SandboxSpec) -> dict[str, Any]:
+        return {
+            "hostname": spec.hostname,
+            "disk_bytes": spec.limits.disk_bytes,
+            "inodes": spec.limits.inodes,
+            "memory_bytes": spec.limits.memory_bytes,
+            "writable": spec.files.writable,
+            "read_only": spec.files.read_only,
+            "hidden": spec.files.hidden,
+            "rlimits": _rlimits(spec.limits, rootless=self._rootless),
+            "floor": self._floor,
+            "policy": self._filter(spec),
+            "prestart": ["python"],
+        }
+
+    def _filter(self, spec: SandboxSpec) -> str:
+        key = json.dumps(spec.seccomp, sort_keys=True)
+        if key not in self._filters:
+            self._filters[key] = seccomp.compile_policy(spec.seccomp)
+        return b64encode(self._filters[key]).decode()
+
+    async def aclose(self) -> None:
+        for zygote in self._zygotes.values():
+            await zygote.aclose()
+        self._zygotes.clear()
+        accounting.remove_instance(self._layout, self._instance.name)
+        if self._uids:
+            self._uids.close()
+        self._instance.close()
+
+
+def _rlimits(limits: Limits, *, rootless: bool) -> dict[str, int]:
+    values = {"RLIMIT_NOFILE": limits.open_files, "RLIMIT_CORE": 0, "RLIMIT_MSGQUEUE": 0, "RLIMIT_MEMLOCK": 1 << 16}
+    # Counted per user namespace since Linux 5.14, so it bounds this sandbox alone; cgroups do it better where we have them.
+    return values | ({"RLIMIT_NPROC": limits.pids} if rootless else {})
+
+
+def _write_maps(pid: int, uid: int) -> None:
+    """Only a real root may map an id that is not its own; the child could not do this itself (user_namespaces(7))."""
+    for name in ("uid_map", "gid_map"):
+        with open(f"/proc/{pid}/{name}", "w") as f:
+            f.write(f"{UID} {uid} 1")
+
+
+def _signal(pidfd: int, number: int) -> None:
+    try:
+        signal.pidfd_send_signal(pidfd, number)
+    except ProcessLookupError:
+        return  # it is dead already, which is what was wanted
+
+
+async def _end(pidfd: int, account: accounting.Account) -> None:
+    _signal(pidfd, signal.SIGKILL)
+    account.thaw()
+    await _readable_fd(pidfd)
+
+
+async def _readable_fd(fd: int) -> None:
+    loop = asyncio.get_running_loop()
+    ready = loop.create_future()
+    watched = os.dup(fd)  # two waiters may watch one pidfd, a loop takes one reader for each descriptor
+    loop.add_reader(watched, lambda: ready.done() or ready.set_result(None))
+    try:
+        await ready
+    finally:
+        loop.remove_reader(watched)
+        os.close(watched)

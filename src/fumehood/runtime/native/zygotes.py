@@ -1,0 +1,148 @@
+"""The supervisor's view of its zygotes: start one, ask it for a sandbox, notice its end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import signal
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import fumehood
+from fumehood.errors import SandboxGone, SetupFailed
+from fumehood.model import Template
+from fumehood.runtime.native import zygote
+
+_PACKAGE = str(Path(fumehood.__file__).parent)
+_CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid (unix(7))
+
+
+class Zygote:
+    """Owns one zygote process. `lost` says why it is gone, empty while it lives."""
+
+    def __init__(self, template: Template, process: subprocess.Popen[bytes], control: socket.socket, log: Path) -> None:
+        self.template, self.log, self.lost = template, log, ""
+        self._process, self._control = process, control
+        self._failure = ""
+        self._watch: asyncio.Task[None] | None = None
+
+    @classmethod
+    async def start(cls, template: Template, uid: int | None, scratch: Path, timeout_s: float) -> Zygote:
+        """Build the root and preload. `uid` None = rootless. Raises SetupFailed with the zygote's own words."""
+        control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        control.setblocking(False)
+        log = scratch.parent / f"{template.name}.log"
+        with theirs, log.open("ab") as sink:
+            # In the loop's own thread: the zygote dies with the thread that started it (PR_SET_PDEATHSIG, prctl(2)).
+            process = subprocess.Popen(  # noqa: ASYNC220
+                zygote.command(sys.executable, str(Path(_PACKAGE).parent), "build", theirs.fileno()),
+                env={},
+                cwd="/",
+                stdin=subprocess.DEVNULL,
+                stdout=sink,
+                stderr=sink,
+                pass_fds=(theirs.fileno(),),
+                start_new_session=True,  # Ctrl-C in the caller's terminal must not reach it
+            )
+        self = cls(template, process, control, log)
+        try:
+            control.send(json.dumps(_order(template, uid, scratch)).encode())
+            async with asyncio.timeout(timeout_s):
+                self._check_ready(await asyncio.get_running_loop().sock_recv(control, 4096))
+        except TimeoutError:
+            await self.aclose()
+            raise SetupFailed(f"the zygote of template {template.name} was not ready within {timeout_s} s") from None
+        except BaseException:
+            await self.aclose()
+            raise
+        self._watch = asyncio.create_task(self._notice_end())
+        return self
+
+    def _check_ready(self, answer: bytes) -> None:
+        told: dict[str, Any] = json.loads(answer) if answer else {}
+        if "ready" not in told:
+            last = self.log.read_text(errors="replace")[-2000:]
+            raise SetupFailed(
+                f"the zygote of template {self.template.name} could not start",
+                cause=told.get("failed") or last or "it ended without a word",
+                remediation="run `fumehood doctor`",
+            )
+
+    async def _notice_end(self) -> None:
+        loop = asyncio.get_running_loop()
+        while answer := await loop.sock_recv(self._control, 4096):
+            self._failure = json.loads(answer).get("failed", "")
+        self.lost = "the zygote ended"
+
+    async def spawn(self) -> tuple[socket.socket, int]:
+        """A fresh clone's channel and its host pid, as the kernel states it. The clone waits for its plan."""
+        ours, theirs = socket.socketpair()
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        ours.setblocking(False)
+        try:
+            with theirs:
+                socket.send_fds(self._control, [b"spawn"], [theirs.fileno()])
+            await readable(ours)
+            data, ancillary, _flags, _address = ours.recvmsg(1, socket.CMSG_SPACE(_CREDENTIALS.size))
+            if not data:
+                raise SetupFailed("the zygote could not fork a sandbox", cause=self.lost or self._failure)
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 0)
+            return ours, _CREDENTIALS.unpack(ancillary[0][2])[0]
+        except (BrokenPipeError, ConnectionResetError):
+            self.lost = self.lost or "the zygote ended"
+            ours.close()
+            raise SandboxGone("the zygote ended", remediation="try again: a new one is built") from None
+        except BaseException:
+            ours.close()
+            raise
+
+    async def aclose(self) -> None:
+        """End it and, with it, every sandbox forked from it."""
+        self.lost = self.lost or "closed"
+        if self._watch is not None:
+            self._watch.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._watch
+        self._control.close()
+        self._process.send_signal(signal.SIGKILL)
+        await asyncio.to_thread(self._process.wait)
+
+
+def _order(template: Template, uid: int | None, scratch: Path) -> dict[str, Any]:
+    image = template.root
+    return {
+        "uid": uid,
+        "scratch": str(scratch),
+        "package": _PACKAGE,
+        "template": asdict(template),
+        "prefixes": list(_prefixes()) if image is None else [],
+        "python": sys.executable if image is None else None,
+        "environ": _library_environ(),
+    }
+
+
+def _prefixes() -> Iterator[str]:
+    """Where this interpreter and its packages lie: the installation, then the virtual environment on top of it."""
+    yield from sorted({sys.base_prefix, sys.base_exec_prefix, sys.prefix, str(Path(sys.executable).resolve().parents[1])})
+
+
+def _library_environ() -> dict[str, str]:
+    # One thread per numeric library: the zygote must stay single-threaded to be forked, and a sandbox has one CPU.
+    return {f"{name}_NUM_THREADS": "1" for name in ("OPENBLAS", "OMP", "MKL", "NUMEXPR")} | {"MPLCONFIGDIR": "/tmp/.mpl"}
+
+
+async def readable(sock: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
+    ready = loop.create_future()
+    loop.add_reader(sock.fileno(), lambda: ready.done() or ready.set_result(None))
+    try:
+        await ready
+    finally:
+        loop.remove_reader(sock.fileno())
