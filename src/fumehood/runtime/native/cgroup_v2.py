@@ -1,0 +1,98 @@
+"""Control groups, version 2: which file takes what (Documentation/admin-guide/cgroup-v2.rst)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fumehood.model import Limits
+from fumehood.runtime.native.cgroup_tree import Directory, wait
+
+PERIOD_US = 100_000
+DOOR = "cgroup.procs"
+
+# cpuacct and freezer are part of the core there: every directory has cpu.stat, and since 5.2 cgroup.freeze.
+CORE = frozenset({"cpuacct", "freezer"})
+
+
+def writes(limits: Limits, device: str | None) -> list[tuple[str, str, str]]:
+    """(controller, file, value)."""
+    pairs = [
+        ("pids", "pids.max", limits.pids),
+        ("memory", "memory.swap.max", limits.swap_bytes),
+        ("memory", "memory.max", limits.memory_bytes),
+        ("cpu", "cpu.max", f"{round(limits.cpus * PERIOD_US)} {PERIOD_US}"),
+        ("cpu", "cpu.weight", limits.cpu_weight),
+    ]
+    return [(controller, file, str(value)) for controller, file, value in pairs] + [
+        ("io", file, value) for file, value in _throttle(limits, device).items()
+    ]
+
+
+def unthrottled(device: str | None) -> dict[str, str]:
+    """What a new group has, by file."""
+    return _throttle(Limits(io_read_bps=0, io_write_bps=0), device)
+
+
+def _throttle(limits: Limits, device: str | None) -> dict[str, str]:
+    read, write = limits.io_read_bps or "max", limits.io_write_bps or "max"
+    return {"io.max": f"{device} rbps={read} wbps={write}"} if device else {}
+
+
+def make_room(memory: Directory, target: int) -> bool:
+    """Reclaim down to `target` bytes. To lower memory.max below what is in use would call the OOM killer instead."""
+    over = memory.number("memory.current") - target
+    if over > 0:
+        try:
+            memory.write("memory.reclaim", str(over))
+        except (BlockingIOError, FileNotFoundError):  # EAGAIN: not all of it; ENOENT: before Linux 5.19
+            return memory.number("memory.current") <= target
+    return True
+
+
+def read(of: Mapping[str, Directory]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    if core := of.get("cpuacct"):
+        found["cpu_ns"] = core.table("cpu.stat").get("usage_usec", 0) * 1000
+    if memory := of.get("memory"):
+        found["memory"] = memory.number("memory.current")
+        found["memory_peak"] = memory.number("memory.peak")
+        found["oom_kills"] = memory.table("memory.events").get("oom_kill", 0)
+    if pids := of.get("pids"):
+        found["pids"] = pids.number("pids.current")
+        found["pids_peak"] = pids.number("pids.peak")
+        found["pids_refused"] = pids.table("pids.events").get("max", 0)
+    if io := of.get("io"):
+        fields = [field.split("=") for line in io.read("io.stat").splitlines() for field in line.split()[1:]]
+        found["io_read"] = sum(int(n) for key, n in fields if key == "rbytes")
+        found["io_write"] = sum(int(n) for key, n in fields if key == "wbytes")
+    return found
+
+
+def enable(path: str, controllers: set[str]) -> None:
+    """Hand controllers down to the children of `path`. Raises OSError (EBUSY: processes live in `path` itself)."""
+    directory = Directory(path)
+    try:
+        lacking = controllers - set(directory.read("cgroup.subtree_control").split())
+        if lacking:
+            directory.write("cgroup.subtree_control", " ".join(f"+{c}" for c in sorted(lacking)))
+    finally:
+        directory.close()
+
+
+def freeze(core: Directory, timeout_s: float) -> bool:
+    """False when a task did not stop in time."""
+    core.write("cgroup.freeze", "1")
+    return wait(lambda: core.table("cgroup.events").get("frozen") == 1, timeout_s)
+
+
+def thaw(core: Directory) -> None:
+    core.write("cgroup.freeze", "0")
+
+
+def kill(core: Directory) -> bool:
+    """Everything below dies at once, frozen or forking. False before Linux 5.14, which lacks cgroup.kill."""
+    try:
+        core.write("cgroup.kill", "1")
+    except FileNotFoundError:
+        return False
+    return True
