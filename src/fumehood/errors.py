@@ -34,6 +34,7 @@ class FumehoodError(Exception):
         self.details = details
 
     def to_dict(self) -> dict[str, Any]:
+        """For JSON: code, message, cause, remediation, retryable, and details when there are any."""
         return {
             "code": self.code,
             "message": self.message,

@@ -17,6 +17,7 @@ ID_PATTERN = re.compile(r"[a-z][a-z0-9]{3,31}\Z")
 
 
 def check_id(value: str, what: str = "id") -> str:
+    """`value` itself, when it matches ID_PATTERN. Raises InvalidInput that names `what`."""
     if not ID_PATTERN.match(value):
         raise InvalidInput(f"bad {what}: {value[:40]!r}", remediation=f"it must match {ID_PATTERN.pattern}")
     return value
@@ -122,6 +123,7 @@ class Limits:
                 )
 
     def replace(self, **changes: Any) -> Limits:
+        """A copy with those fields changed, checked again. Raises InvalidInput."""
         return replace(self, **changes)
 
 

@@ -21,6 +21,7 @@ _PRESETS = resources.files("fumehood.policy") / "presets"
 
 
 def preset_names() -> tuple[str, ...]:
+    """The presets that ship with fumehood, sorted."""
     return tuple(sorted(f.name.removesuffix(".toml") for f in _PRESETS.iterdir() if f.name.endswith(".toml")))
 
 

@@ -1,0 +1,201 @@
+"""The rules of who may import whom and who may touch what, as tables, and a checker that reads source with `ast`.
+
+`violations(files)` takes {path below src/fumehood: source}, so that a test can plant one and see it caught.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1] / "src" / "fumehood"
+MAX_LINES = 250
+
+NOUNS = ("errors", "model", "events")
+# Room (longest prefix wins) -> what of fumehood it may import, and why nothing else. A prefix covers what is below it.
+ROOMS: Mapping[str, tuple[tuple[str, ...], str]] = {
+    "errors": ((), "everything imports errors; one import back would be a circle"),
+    "model": (("errors",), "the nouns do nothing, so they need nothing"),
+    "events": (("model", "errors"), "events are nouns"),
+    "config": (("model", "errors"), "settings are read before anything else exists"),
+    "agent": (("agent",), "the agent runs inside the sandbox, where only the stdlib is sure to be"),
+    "policy": ((*NOUNS, "policy"), "policy decides and never acts: it can't reach what acts"),
+    "monitor": ((*NOUNS, "monitor"), "who watches can't kill"),
+    "response": ((*NOUNS, "response"), "who acts gets its orders from the supervisor, never from a detector"),
+    "store": (NOUNS, "the store keeps nouns and knows no rooms"),
+    "scheduler": (NOUNS, "the scheduler orders requests and starts nothing"),
+    "pool": ((*NOUNS, "runtime.base"), "the pool plans; a Runtime is handed to it"),
+    "outcome": ((*NOUNS, "runtime.base"), "what a run came to is decided from facts alone"),
+    "execution": ((*NOUNS, "outcome", "agent.wire", "runtime.link"), "one execution is followed over a link, on any tier"),
+    "runtime": ((*NOUNS, "runtime.base", "runtime.link", "agent"), "a tier knows the contract and the agent, nothing above"),
+    "runtime.native": (
+        (*NOUNS, "config", "runtime.base", "runtime.link", "runtime.native", "agent"),
+        "tiers never import each other: one must be removable without the others noticing",
+    ),
+    "runtime.oci": (
+        (*NOUNS, "config", "runtime.base", "runtime.link", "runtime.oci", "agent"),
+        "tiers never import each other",
+    ),
+    "runtime.microvm": (
+        (*NOUNS, "config", "runtime.base", "runtime.link", "runtime.microvm", "agent"),
+        "tiers never import each other",
+    ),
+    "supervisor": (
+        (*NOUNS, "config", "policy", "monitor", "response", "store", "scheduler", "pool", "outcome", "execution", "runtime",
+         "agent.wire"),
+        "the supervisor joins the rooms and is below every face",
+    ),
+    "gateway": ((*NOUNS, "config", "policy", "supervisor", "gateway"), "HTTP reaches a sandbox through the supervisor only"),
+    "client": (
+        (*NOUNS, "config", "policy", "execution", "supervisor", "runtime", "client"),
+        "the SDK may embed a supervisor and choose its tier; it knows no gateway internals",
+    ),
+    "demo": ((*NOUNS, "demo"), "the demo's attacks are scripts for the inside; the CLI runs them through the client"),
+    "cli": ((*NOUNS, "config", "policy", "client", "cli", "demo"), "verbs of the command line are thin over the client"),
+    "__init__": (("client.sandbox", "errors", "model", "policy.rules"), "the package shows public names, lazily"),
+}  # fmt: skip
+
+# A dangerous thing -> (files or folders that may do it, with the reason in words).
+TOUCH: Mapping[str, tuple[tuple[str, ...], str]] = {
+    "ctypes": (
+        ("runtime/", "agent/", "demo/"),
+        "raw system calls belong to the rooms that build, inhabit and attack a sandbox",
+    ),
+    "fork": (("runtime/", "agent/", "demo/"), "a fork in a threaded host process copies locks that nobody releases"),
+    "environ": (
+        ("config.py", "agent/", "runtime/native/zygote.py"),
+        "settings have one reader; agent and zygote are processes of their own that set it for their children",
+    ),
+    "sql": (("store.py",), "the only SQL is in the store"),
+    "pickle": ((), "unpickling runs what the bytes say; guests send bytes"),
+    "eval": (
+        (
+            "__init__.py",  # names of our own modules, from a constant table
+            "agent/",  # running the user's code is its work, inside the sandbox
+            "runtime/native/zygote.py",  # preloads modules named by the operator's template, before any guest byte exists
+        ),
+        "a guest's bytes are data; nothing on the host runs or imports by a name that it was sent",
+    ),
+}
+_MODULES = {"ctypes": "ctypes", "sqlite3": "sql", **dict.fromkeys(("pickle", "marshal", "shelve", "dill"), "pickle")}
+_CALLS = {"eval": "eval", "exec": "eval", "__import__": "eval", "import_module": "eval"}
+_ATTRIBUTES = {
+    **dict.fromkeys(("fork", "forkpty", "posix_spawn"), "fork"),
+    **dict.fromkeys(("environ", "getenv", "putenv", "environb", "unsetenv"), "environ"),
+}
+
+# What of the agent may import libraries, and only inside functions: an image without them still has an agent.
+LAZY = {"IPython", "traitlets", "matplotlib", "numpy", "pandas", "PIL", "tornado"}
+LAZY_FILES = ("agent/python.py", "agent/rich.py", "agent/chart.py")
+
+LONGER: Mapping[str, str] = {
+    "model.py": "one flat table of the nouns",
+}
+
+
+def sources() -> dict[str, str]:
+    return {str(p.relative_to(ROOT)): p.read_text() for p in sorted(ROOT.rglob("*.py"))}
+
+
+def violations(files: Mapping[str, str]) -> Iterator[str]:
+    """Each breach as "path:line: what - why it is forbidden"."""
+    for path, source in files.items():
+        tree = ast.parse(source, path)
+        yield from _imports(path, tree)
+        yield from _touches(path, tree)
+        if path.startswith("agent/"):
+            yield from _agent(path, tree)
+        if (lines := source.count("\n")) > MAX_LINES and path not in LONGER:
+            yield f"{path}: {lines} lines - over {MAX_LINES}; split it, or say in LONGER why it is one thing"
+
+
+def room_of(module: str) -> str | None:
+    matches = [room for room in ROOMS if within(module, room)]
+    return max(matches, key=len, default=None)
+
+
+def within(module: str, prefix: str) -> bool:
+    return module == prefix or module.startswith(prefix + ".")
+
+
+def _module(path: str) -> str:
+    return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def _imported(path: str, tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """(line, module) of every import, absolute names, also those inside functions and `if TYPE_CHECKING`."""
+    package = ["fumehood", *path.split("/")[:-1]]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            stem = ".".join([*base, *([node.module] if node.module else [])])
+            # `from package import name` may name a module or an object: the longer form is judged by its prefix.
+            yield from ((node.lineno, f"{stem}.{alias.name}") for alias in node.names)
+
+
+def _imports(path: str, tree: ast.AST) -> Iterator[str]:
+    room = room_of(_module(path))
+    if room is None and path.count("/") and path.endswith("__init__.py") and not ast.unparse(tree).strip('"'):
+        return  # an empty package marker
+    if room is None:
+        yield f"{path}: belongs to no room - add it to ROOMS and say what it may import"
+        return
+    allowed, why = ROOMS[room]
+    for line, name in _imported(path, tree):
+        if not within(name, "fumehood") or name.count(".") == 0:
+            continue
+        target = name.removeprefix("fumehood.")
+        if target in ("__version__", _module(path)) or any(within(target, a) for a in allowed):
+            continue
+        yield f"{path}:{line}: {room} may not import {target} - {why}"
+
+
+def _touches(path: str, tree: ast.AST) -> Iterator[str]:
+    found = [
+        (line, name, _MODULES[name.split(".")[0]]) for line, name in _imported(path, tree) if name.split(".")[0] in _MODULES
+    ]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            called = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
+            plain = isinstance(node.func, ast.Name) or called == "import_module"
+            if plain and called in _CALLS:
+                found.append((node.lineno, called, _CALLS[called]))
+        if isinstance(node, ast.Attribute) and node.attr in _ATTRIBUTES and ast.unparse(node.value) in ("os", "pty"):
+            found.append((node.lineno, f"os.{node.attr}", _ATTRIBUTES[node.attr]))
+        if isinstance(node, ast.ImportFrom) and node.module == "os":
+            found += [(node.lineno, f"os.{a.name}", _ATTRIBUTES[a.name]) for a in node.names if a.name in _ATTRIBUTES]
+    for line, what, thing in found:
+        allowed, why = TOUCH[thing]
+        if not path.startswith(allowed):
+            yield f"{path}:{line}: {what} - {why}; only in: {', '.join(allowed) or 'nowhere'}"
+
+
+def _agent(path: str, tree: ast.Module) -> Iterator[str]:
+    at_load = {id(node) for node in _at_load(tree)}
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Import | ast.ImportFrom) or getattr(node, "level", 0):
+            continue
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+        for top in (name.split(".")[0] for name in names):
+            if (
+                top in sys.stdlib_module_names
+                or top == "fumehood"
+                or (top in LAZY and path in LAZY_FILES and id(node) not in at_load)
+            ):
+                continue
+            yield f"{path}:{node.lineno}: imports {top} - {ROOMS['agent'][1]}; {', '.join(LAZY_FILES)} may, inside functions"
+
+
+def _at_load(tree: ast.AST) -> Iterator[ast.AST]:
+    """Nodes that run when the module is imported: everything outside functions and `if TYPE_CHECKING`."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        yield node
+        yield from _at_load(node)
