@@ -23,7 +23,7 @@ from fumehood.runtime.native.cgroup_tree import Directory, signal_all, step, wai
 __all__ = ["Group", "Layout", "probe", "reconcile"]
 
 # Files that kernels or boot options leave out, and the protection that goes with each. All others must be there (H13).
-_OPTIONAL = {"memory.memsw.limit_in_bytes": "swap", "memory.swap.max": "swap", "memory.kmem.tcp.limit_in_bytes": ""}
+_OPTIONAL = {cgroup_v1.MEMSW: "swap", "memory.swap.max": "swap", "memory.kmem.tcp.limit_in_bytes": ""}
 
 
 class Group:
@@ -58,7 +58,7 @@ class Group:
                 path = make(place, controllers, instance, sandbox_id)
                 undo.callback(os.rmdir, path)
                 group._hold(path, place.version, controllers)
-            group._written = cgroup_v1.unthrottled(layout.device) | cgroup_v2.unthrottled(layout.device)
+            group._written = cgroup_v1.fresh(layout.device) | cgroup_v2.fresh(layout.device)
             group._write(limits)
             undo.pop_all()
         return group
@@ -71,7 +71,8 @@ class Group:
 
     def _writes(self, limits: Limits) -> Iterator[tuple[Directory, str, str]]:
         v1, v2 = self._of[1], self._of[2]
-        for controller, file, value in cgroup_v1.writes(limits, self.layout.device, v1.get("memory")):
+        memsw = int(self._written.get(cgroup_v1.MEMSW, 0))
+        for controller, file, value in cgroup_v1.writes(limits, self.layout.device, memsw):
             if controller in v1:
                 yield v1[controller], file, value
         for controller, file, value in cgroup_v2.writes(limits, self.layout.device):

@@ -7,43 +7,44 @@ from collections.abc import Mapping
 from fumehood.model import Limits
 from fumehood.runtime.native.cgroup_tree import Directory, wait
 
-PERIOD_US = 100_000
+PERIOD_US = 100_000  # every group's default, never written
+MEMSW = "memory.memsw.limit_in_bytes"  # memory and swap together
 DOOR = "tasks"  # see Group.doors
 
 
-def writes(limits: Limits, device: str | None, memory: Directory | None) -> list[tuple[str, str, str]]:
-    """(controller, file, value) in the order in which the kernel takes them."""
-    pairs = [
-        ("pids", "pids.max", limits.pids),
-        *_memory(limits, memory),
-        ("cpu", "cpu.cfs_period_us", PERIOD_US),
-        ("cpu", "cpu.cfs_quota_us", round(limits.cpus * PERIOD_US)),
-        ("cpu", "cpu.shares", max(2, limits.cpu_weight * 1024 // 100)),
-    ]
-    return [(controller, file, str(value)) for controller, file, value in pairs] + [
-        ("io", file, value) for file, value in _throttle(limits, device).items()
+def writes(limits: Limits, device: str | None, memsw: int) -> list[tuple[str, str, str]]:
+    """(controller, file, value) in the order in which the kernel takes them. `memsw` is its present value, 0 = none."""
+    return [
+        ("pids", "pids.max", str(limits.pids)),
+        *(("memory", file, str(size)) for file, size in _memory(limits, memsw)),
+        ("cpu", "cpu.cfs_quota_us", str(round(limits.cpus * PERIOD_US))),
+        ("cpu", "cpu.shares", _shares(limits)),
+        *(("io", file, rule) for file, rule in _throttle(limits, device).items()),
     ]
 
 
-def unthrottled(device: str | None) -> dict[str, str]:
-    """What a new group has, by file."""
-    return _throttle(Limits(io_read_bps=0, io_write_bps=0), device)
+def _memory(limits: Limits, memsw: int) -> list[tuple[str, int]]:
+    """The kernel refuses any moment at which limit > memsw: to grow, move memsw first; to shrink, the limit."""
+    total = limits.memory_bytes + limits.swap_bytes
+    both = [("memory.limit_in_bytes", limits.memory_bytes), (MEMSW, total)]
+    if total >= memsw > 0:
+        both.reverse()
+    # Buffers of TCP sockets are charged to a counter of their own, which counts only once it has a limit (H15).
+    return [*both, ("memory.kmem.tcp.limit_in_bytes", limits.memory_bytes // 4)]
+
+
+def _shares(limits: Limits) -> str:
+    return str(max(2, limits.cpu_weight * 1024 // 100))
+
+
+def fresh(device: str | None) -> dict[str, str]:
+    """What a new group has already, by file: writes that can be saved."""
+    return {"cpu.shares": _shares(Limits(cpu_weight=100)), **_throttle(Limits(io_read_bps=0, io_write_bps=0), device)}
 
 
 def _throttle(limits: Limits, device: str | None) -> dict[str, str]:
     bps = {"read": limits.io_read_bps, "write": limits.io_write_bps}  # 0 lifts the rule
     return {f"blkio.throttle.{way}_bps_device": f"{device} {n}" for way, n in bps.items() if device}
-
-
-def _memory(limits: Limits, memory: Directory | None) -> list[tuple[str, str, int | str]]:
-    """The kernel refuses any moment at which limit > memsw: to grow, move memsw first; to shrink, the limit."""
-    total = limits.memory_bytes + limits.swap_bytes
-    first: tuple[str, str, int | str] = ("memory", "memory.limit_in_bytes", limits.memory_bytes)
-    second: tuple[str, str, int | str] = ("memory", "memory.memsw.limit_in_bytes", total)
-    growing = memory is not None and total >= memory.number(second[1]) > 0
-    # Buffers of TCP sockets are charged to a counter of their own, which counts only once it has a limit (H15).
-    sockets: tuple[str, str, int | str] = ("memory", "memory.kmem.tcp.limit_in_bytes", limits.memory_bytes // 4)
-    return [*((second, first) if growing else (first, second)), sockets]
 
 
 def read(of: Mapping[str, Directory]) -> dict[str, int]:

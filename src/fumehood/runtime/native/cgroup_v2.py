@@ -23,14 +23,15 @@ def writes(limits: Limits, device: str | None) -> list[tuple[str, str, str]]:
         ("cpu", "cpu.max", f"{round(limits.cpus * PERIOD_US)} {PERIOD_US}"),
         ("cpu", "cpu.weight", limits.cpu_weight),
     ]
-    return [(controller, file, str(value)) for controller, file, value in pairs] + [
-        ("io", file, value) for file, value in _throttle(limits, device).items()
+    return [
+        *((controller, file, str(value)) for controller, file, value in pairs),
+        *(("io", file, rule) for file, rule in _throttle(limits, device).items()),
     ]
 
 
-def unthrottled(device: str | None) -> dict[str, str]:
-    """What a new group has, by file."""
-    return _throttle(Limits(io_read_bps=0, io_write_bps=0), device)
+def fresh(device: str | None) -> dict[str, str]:
+    """What a new group has already, by file: writes that can be saved."""
+    return {"cpu.weight": "100", **_throttle(Limits(io_read_bps=0, io_write_bps=0), device)}
 
 
 def _throttle(limits: Limits, device: str | None) -> dict[str, str]:
