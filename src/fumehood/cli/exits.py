@@ -1,0 +1,89 @@
+"""Exit codes, and the one place where a verb's coroutine is run and its failure becomes a message and a code."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from collections.abc import Coroutine
+from contextlib import suppress
+from typing import Any
+
+import typer
+
+from fumehood.errors import FumehoodError, ProtectionUnavailable, SandboxGone
+from fumehood.model import Result, Status
+
+TIMEOUT, FAILED, REFUSED, KILLED, INTERRUPTED, TERMINATED = 124, 125, 126, 137, 130, 143
+
+_BY_STATUS: dict[Status, int] = {
+    "timeout": TIMEOUT,
+    "oom": KILLED,
+    "killed": KILLED,
+    "pids_limit": KILLED,
+    "disk_full": KILLED,
+    "output_limit": KILLED,
+    "quarantined": KILLED,
+    "syscall_refused": REFUSED,
+    "egress_denied": REFUSED,
+    "approval_pending": REFUSED,
+    "approval_denied": REFUSED,
+    "cancelled": INTERRUPTED,
+}
+
+
+def exit_code(result: Result) -> int:
+    """The program's own code for ok and error; a signal n that killed it is 128 + n, as in a shell."""
+    if result.status in _BY_STATUS:
+        return _BY_STATUS[result.status]
+    if result.exit_code is None:
+        return 0 if result.ok else 1
+    return 128 - result.exit_code if result.exit_code < 0 else result.exit_code & 0xFF
+
+
+def failure_code(error: FumehoodError) -> int:
+    if isinstance(error, ProtectionUnavailable):
+        return REFUSED
+    return KILLED if isinstance(error, SandboxGone) else FAILED
+
+
+def complain(what: str, cause: str = "", remediation: str = "") -> None:
+    for label, text in (("error", what), ("cause", cause), ("help", remediation)):
+        if text:
+            print(f"{label}: {text}", file=sys.stderr)
+
+
+def drive(work: Coroutine[Any, Any, int], *, as_json: bool = False) -> None:
+    """Run a verb and leave with its code. Ctrl-C and SIGTERM cancel it, so that `async with` ends the sandbox first."""
+    try:
+        code = asyncio.run(_until_terminated(work))
+    except FumehoodError as error:
+        code = failure_code(error)
+        if as_json:
+            print_json({"error": error.to_dict(), "exit": code})
+        complain(error.message, error.cause, error.remediation)
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    raise typer.Exit(code)
+
+
+async def _until_terminated(work: Coroutine[Any, Any, int]) -> int:
+    task = asyncio.ensure_future(work)
+    terminated = asyncio.Event()
+
+    def stop() -> None:
+        terminated.set()
+        task.cancel()
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop)
+    with suppress(asyncio.CancelledError):
+        return await task
+    if terminated.is_set():
+        return TERMINATED
+    raise KeyboardInterrupt  # asyncio.run cancelled us for SIGINT; by now the sandbox is gone
+
+
+def print_json(value: Any) -> None:
+    import json
+
+    print(json.dumps(value, indent=2, default=str))

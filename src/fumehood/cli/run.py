@@ -1,0 +1,176 @@
+"""`fumehood run`: one program in one new sandbox, its output live, its outcome as the exit code."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import dataclasses
+import os
+import re
+import sys
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import typer
+
+from fumehood.cli import exits, files
+from fumehood.errors import InvalidInput
+from fumehood.model import Result
+
+if TYPE_CHECKING:
+    from fumehood.client.sandbox import AsyncSandbox
+
+EPILOG = (
+    "Exit codes: the program's own (128 + n if signal n ended it); 2 wrong usage; 124 timeout; "
+    "137 out of memory or stopped by another limit; 125 fumehood failed; "
+    "126 refused (a system call, the network, a protection that cannot be enforced); 130 Ctrl-C, the sandbox is gone."
+)
+_LANGUAGES = {".py": "python", ".sh": "bash", ".bash": "bash", ".js": "javascript", ".mjs": "javascript"}
+_PICTURES = {"image/png": "png", "image/jpeg": "jpg", "image/svg+xml": "svg", "application/pdf": "pdf"}
+_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+# A terminal obeys its input: guest text could set the clipboard (OSC 52) or make the terminal type. Colours may stay.
+_UNSAFE = re.compile(r"\x1b(?!\[[0-9;]*m)|[\x00-\x07\x0b-\x0c\x0e-\x1a\x1c-\x1f\x7f-\x9f]")
+
+
+class Job(NamedTuple):
+    code: str
+    language: str
+    sandbox: dict[str, Any]  # keyword arguments of AsyncSandbox
+    timeout_s: float | None
+    copy_in: list[Path]
+    copy_out: Path | None
+    as_json: bool
+
+
+def run(
+    file: Annotated[str | None, typer.Argument(help="The program; - reads it from standard input.")] = None,
+    code: Annotated[str | None, typer.Option("-c", help="The program as text.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one Result object and nothing else.")] = False,
+    language: Annotated[str | None, typer.Option(help="python, bash or javascript [default: by suffix]")] = None,
+    timeout: Annotated[float | None, typer.Option(help="Seconds for the program.")] = None,
+    memory: Annotated[str | None, typer.Option(help="Memory, such as 512M or 2G.")] = None,
+    cpus: Annotated[float | None, typer.Option(help="Processors, such as 0.5.")] = None,
+    pids: Annotated[int | None, typer.Option(help="Processes and threads.")] = None,
+    disk: Annotated[str | None, typer.Option(help="Bytes of files, such as 256M.")] = None,
+    policy: Annotated[str | None, typer.Option(help="A preset or a policy file.")] = None,
+    copy_in: Annotated[list[Path] | None, typer.Option("--in", help="Copied into /home/user (repeatable).")] = None,
+    copy_out: Annotated[Path | None, typer.Option("--out", help="Where changed files and figures are copied.")] = None,
+    env: Annotated[list[str] | None, typer.Option("--env", help="K=V (repeatable).")] = None,
+    tier: Annotated[str, typer.Option(help="auto, native, oci or microvm.")] = "auto",
+    template: Annotated[str | None, typer.Option(help="What the sandbox is made from.")] = None,
+) -> None:
+    """Run a program in a new sandbox."""
+
+    async def work() -> int:
+        limits = _limits(timeout_s=timeout, memory_bytes=memory, cpus=cpus, pids=pids, disk_bytes=disk)
+        sandbox = {"policy": policy, "template": template, "limits": limits, "env": _pairs(env or []), "tier": tier}
+        text, by_suffix = _program(file, code)
+        return await _run(Job(text, language or by_suffix, sandbox, timeout, copy_in or [], copy_out, as_json))
+
+    exits.drive(work(), as_json=as_json)
+
+
+async def _run(job: Job) -> int:
+    from fumehood.client.sandbox import AsyncSandbox
+
+    async with AsyncSandbox(**job.sandbox) as box:
+        for path in job.copy_in:
+            files.report(await files.copy_in(box, path))
+        result = await box.run(job.code, language=job.language, timeout_s=job.timeout_s, **_live(job.as_json))
+        if job.copy_out:
+            await _collect(box, result, job.copy_out)
+    if job.as_json:
+        exits.print_json(to_json(result))
+    else:
+        _show(result)
+    return exits.exit_code(result)
+
+
+def to_json(result: Result) -> dict[str, Any]:
+    """The Result as an object; `exit_code` is the program's own, `exit` the one that the command leaves with."""
+    return dataclasses.asdict(result) | {"exit": exits.exit_code(result)}
+
+
+def _live(as_json: bool) -> dict[str, Any]:
+    if as_json:
+        return {}
+    return {"on_stdout": partial(_write, sys.stdout), "on_stderr": partial(_write, sys.stderr)}
+
+
+def _write(stream: Any, text: str) -> None:
+    try:
+        stream.write(_UNSAFE.sub("\N{REPLACEMENT CHARACTER}", text) if stream.isatty() else text)
+        stream.flush()
+    except BrokenPipeError:  # the reader left (`| head`); the program goes on, unread
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _show(result: Result) -> None:
+    if result.text is not None:
+        _write(sys.stdout, result.text + "\n")
+    if result.error:
+        _write(sys.stderr, result.error.traceback.rstrip() + "\n")
+    if result.status not in ("ok", "error"):
+        exits.complain(f"the program ended as {result.status}", result.cause, _ADVICE.get(result.status, ""))
+
+
+_ADVICE: dict[str, str] = {
+    "timeout": "allow more with --timeout SECONDS",
+    "oom": "allow more with --memory SIZE",
+    "pids_limit": "allow more with --pids N",
+    "disk_full": "allow more with --disk SIZE",
+    "output_limit": "print less, or write to a file and use --out",
+    "syscall_refused": "choose another --policy if the program may use this system call",
+    "egress_denied": "choose a --policy that allows this destination",
+}
+
+
+async def _collect(box: AsyncSandbox, result: Result, out: Path) -> None:
+    paths = [change.path for change in result.changes if change.kind != "removed"]
+    files.report(await files.copy_out(box, paths, out))
+    pictures = [(kind, value) for shown in result.results for kind, value in shown.data.items() if kind in _PICTURES]
+    for number, (kind, value) in enumerate(pictures, 1):
+        files.write_plain(out, (f"figure-{number}.{_PICTURES[kind]}",), _picture_bytes(kind, value))
+
+
+def _picture_bytes(kind: str, value: Any) -> bytes:
+    if kind == "image/svg+xml":
+        return str(value).encode(errors="replace")
+    try:
+        return base64.b64decode(str(value), validate=False)
+    except binascii.Error as e:
+        raise InvalidInput(f"the program displayed {kind} data that is not base64", cause=str(e)) from None
+
+
+def _program(file: str | None, code: str | None) -> tuple[str, str]:
+    """(text, language). Raises InvalidInput unless there is exactly one readable program."""
+    if (file is None) == (code is None):
+        raise InvalidInput("give exactly one program", remediation="fumehood run FILE, -c CODE, or - for standard input")
+    if code is not None:
+        return code, "python"
+    if file == "-":
+        return sys.stdin.read(), "python"
+    try:
+        return Path(file or "").read_text(encoding="utf-8"), _LANGUAGES.get(Path(file or "").suffix, "python")
+    except (OSError, UnicodeDecodeError) as e:
+        raise InvalidInput(f"can't read the program {file}", cause=str(e), remediation="name a UTF-8 text file") from None
+
+
+def _limits(**asked: float | str | None) -> dict[str, Any]:
+    return {k: parse_size(v) if isinstance(v, str) else v for k, v in asked.items() if v is not None}
+
+
+def parse_size(text: str) -> int:
+    """Bytes: `1048576`, `512M`, `1.5GiB`. Raises InvalidInput."""
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,6})?)\s*([kmgt]?)(?:i?b)?", text.strip().lower())
+    if not match:
+        raise InvalidInput(f"bad size {text!r}", remediation="write a number and K, M, G or T, such as 512M")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def _pairs(pairs: list[str]) -> dict[str, str]:
+    for pair in pairs:
+        if "=" not in pair[1:]:
+            raise InvalidInput(f"bad --env {pair!r}", remediation="write NAME=VALUE")
+    return dict(pair.split("=", 1) for pair in pairs)
