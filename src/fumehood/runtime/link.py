@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
-from collections.abc import AsyncIterator
 from typing import Any
 
 from fumehood.agent import wire
-from fumehood.errors import AgentUnresponsive, FileFault, FumehoodError, InvalidInput, NotFound, SandboxGone, WireError
+from fumehood.errors import AgentUnresponsive, FileFault, FumehoodError, InvalidInput, NotFound, SandboxGone, SetupFailed, WireError
 
 # Above this a stream's unread frames stop the reading of the whole channel, so that a flood meets the kernel's socket
 # buffer and then blocks its author: a sandbox can make the host hold this much and no more (H15).
@@ -39,21 +38,24 @@ class Stream:
         self.buffered_bytes += len(frame.payload)
         self._arrived.set()
 
-    async def __aiter__(self) -> AsyncIterator[wire.Frame]:
-        while not self._ended:
-            if not self._frames:
-                if self._link.lost:
-                    raise SandboxGone("the sandbox ended", cause=self._link.lost, remediation="create a new sandbox")
-                self._arrived.clear()
-                await self._arrived.wait()
-                continue
-            frame = self._frames.popleft()
-            self.buffered_bytes -= len(frame.payload)
-            self._link.room()
-            if frame.kind == wire.END:
-                self._finish(self._link.checked_json(frame))
-            else:
-                yield frame
+    def __aiter__(self) -> Stream:
+        return self
+
+    async def __anext__(self) -> wire.Frame:
+        while not self._frames and not self._ended:
+            if self._link.lost:
+                raise SandboxGone("the sandbox ended", cause=self._link.lost, remediation="create a new sandbox")
+            self._arrived.clear()
+            await self._arrived.wait()
+        if self._ended:
+            raise StopAsyncIteration
+        frame = self._frames.popleft()
+        self.buffered_bytes -= len(frame.payload)
+        self._link.room()
+        if frame.kind != wire.END:
+            return frame
+        self._finish(self._link.checked_json(frame))
+        raise StopAsyncIteration
 
     def _finish(self, end: dict[str, Any]) -> None:
         self._ended = True
@@ -109,7 +111,7 @@ class Link:
         self.lost = ""
 
     async def start(self, timeout_s: float) -> None:
-        """Exchange HELLO. Raises AgentUnresponsive, WireError or SandboxGone."""
+        """Exchange HELLO. Raises AgentUnresponsive, SetupFailed, WireError or SandboxGone."""
         try:
             async with asyncio.timeout(timeout_s):
                 frame = await self._read()
@@ -120,6 +122,8 @@ class Link:
         if frame.kind != wire.HELLO:
             raise WireError("the agent's first frame is not HELLO")
         self.hello = self.checked_json(frame)
+        if isinstance(failed := self.hello.get("setup_failed"), dict):
+            raise SetupFailed(f"step {failed.get('step')} of the recipe failed", cause=str(failed.get("message")))
         generation = self.hello.get("generation")
         if not isinstance(generation, int) or generation < wire.GENERATION:
             raise WireError(f"the agent speaks generation {generation!r}, this host needs {wire.GENERATION}")

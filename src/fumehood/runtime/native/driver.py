@@ -17,7 +17,8 @@ from fumehood.errors import ProtectionUnavailable, SetupFailed
 from fumehood.events import Event, ZygoteLost
 from fumehood.model import Limits, Protection, SandboxSpec, Template
 from fumehood.runtime.base import Capabilities, Stats, missing
-from fumehood.runtime.native import accounting, journal, protections, seccomp
+from fumehood.runtime.native import accounting, journal, protections, seccomp, seccomp_install
+from fumehood.runtime.native.listeners import Listeners
 from fumehood.runtime.native.root import UID
 from fumehood.runtime.native.uids import UidBlock
 from fumehood.runtime.native.zygotes import Zygote, readable
@@ -76,11 +77,13 @@ class NativeRuntime:
         self._layout = accounting.layout(config)
         journal.reconcile(config.run_dir, lambda name: accounting.remove_instance(self._layout, name))
         self._instance = journal.Instance(config.run_dir)
-        self._uids = None if self._rootless else UidBlock(config.run_dir / "uids", config.uid_base, config.uid_count_per_supervisor)
+        self._uids = None if self._rootless else _uid_block(config)
         self._zygotes: dict[Template, Zygote] = {}
         self._starting: dict[Template, asyncio.Lock] = {}
-        self._filters: dict[str, bytes] = {}
+        self._filters: dict[str, tuple[str, Callable[[bytes], int]]] = {}
         self._floor = b64encode(seccomp.compile_floor()).decode()
+        # A test's: `without` leaves steps of the recipe out, `fail_at` fails one. Nothing outside tests sets it.
+        self.switches: dict[str, Any] = {}
         self.protections = protections.probe(self._layout, rootless=self._rootless)
 
     def capabilities(self) -> Capabilities:
@@ -100,8 +103,8 @@ class NativeRuntime:
                 self._zygotes[template] = zygote
             return zygote
 
-    async def start(self, spec: SandboxSpec, sandbox_id: str, on_event: Callable[[Event], None], **switches: Any) -> NativeHandle:
-        """The host's half of the recipe (recipe.py has the other). `switches` are a test's: `without`, `fail_at`.
+    async def start(self, spec: SandboxSpec, sandbox_id: str, on_event: Callable[[Event], None]) -> NativeHandle:
+        """The host's half of the recipe (recipe.py has the other).
 
         Raises ProtectionUnavailable, CapacityExceeded, SetupFailed, SandboxGone; whatever was taken is given back.
         """
@@ -118,8 +121,11 @@ class NativeRuntime:
                 undo.callback(self._uids.give, uid)
             account = accounting.open_account(self._layout, self._instance.name, sandbox_id, spec.limits)
             undo.callback(account.close)
+            announcements, theirs = seccomp_install.channel()
+            listeners = Listeners(announcements, sandbox_id, self._filter(spec)[1], on_event)
+            undo.callback(listeners.close)
             try:
-                channel, pid = await zygote.spawn()
+                channel, pid = await zygote.spawn(theirs)
             except Exception:
                 if zygote.lost:
                     on_event(ZygoteLost(sandbox_id, spec.template.name))
@@ -131,7 +137,7 @@ class NativeRuntime:
             account.attach(pid)
             if uid is not None:
                 _write_maps(pid, uid)
-            plan = json.dumps(self._plan(spec) | switches).encode()
+            plan = json.dumps(self._plan(spec) | self.switches).encode()
             channel.setblocking(True)
             channel.settimeout(self._config.agent_timeout_s)
             channel.sendall(len(plan).to_bytes(4, "big") + plan)
@@ -165,15 +171,17 @@ class NativeRuntime:
             "hidden": spec.files.hidden,
             "rlimits": _rlimits(spec.limits, rootless=self._rootless),
             "floor": self._floor,
-            "policy": self._filter(spec),
+            "policy": self._filter(spec)[0],
             "prestart": ["python"],
         }
 
-    def _filter(self, spec: SandboxSpec) -> str:
+    def _filter(self, spec: SandboxSpec) -> tuple[str, Callable[[bytes], int]]:
+        """The policy program as the plan carries it, and what its refusals are answered with; compiled once for each."""
         key = json.dumps(spec.seccomp, sort_keys=True)
         if key not in self._filters:
-            self._filters[key] = seccomp.compile_policy(spec.seccomp)
-        return b64encode(self._filters[key]).decode()
+            program = b64encode(seccomp.compile_policy(spec.seccomp)).decode()
+            self._filters[key] = program, seccomp.refused_errno(spec.seccomp)
+        return self._filters[key]
 
     async def aclose(self) -> None:
         for zygote in self._zygotes.values():
@@ -183,6 +191,10 @@ class NativeRuntime:
         if self._uids:
             self._uids.close()
         self._instance.close()
+
+
+def _uid_block(config: Config) -> UidBlock:
+    return UidBlock(config.run_dir / "uids", config.uid_base, config.uid_count_per_supervisor)
 
 
 def _rlimits(limits: Limits, *, rootless: bool) -> dict[str, int]:

@@ -52,7 +52,7 @@ def receive(channel: socket.socket, size: int) -> bytes:
     return data
 
 
-def run(channel: socket.socket, *, rootless: bool, map_self: Callable[[int, int], None]) -> NoReturn:
+def run(channel: socket.socket, announce_fd: int, *, rootless: bool, map_self: Callable[[int, int], None]) -> NoReturn:
     step = "report"
     try:
         if rootless:
@@ -66,7 +66,7 @@ def run(channel: socket.socket, *, rootless: bool, map_self: Callable[[int, int]
         step = "agent"
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         policy = b64decode(plan["policy"])
-        agent.serve(channel, home=root.HOME, confine=lambda: _confine(plan, policy), prestart=plan["prestart"])
+        agent.serve(channel, home=root.HOME, confine=lambda: _confine(plan, policy, announce_fd), prestart=plan["prestart"])
         os._exit(0)
     except BaseException as e:  # whatever it is, the supervisor hears of it and the process ends here
         failed = {"step": step, "errno": getattr(e, "errno", None), "message": f"{type(e).__name__}: {e}"[:2000]}
@@ -87,7 +87,7 @@ def _steps(plan: dict[str, Any], channel: socket.socket) -> list[tuple[str, Call
         ("terminals", mounts.terminals),
         ("proc", lambda: mounts.proc(plan["memory_bytes"])),
         ("file-rules", lambda: mounts.apply_rules(plan["read_only"], plan["hidden"])),
-        ("no-new-privs", lambda: sc.prctl(sc.PR_SET_NO_NEW_PRIVS, 1)),
+        ("no-new-privs", capabilities.no_new_privs),
         ("capabilities", capabilities.drop_all),
         ("rlimits", lambda: _rlimits(plan["rlimits"])),
         ("landlock", lambda: landlock.restrict(tuple(plan["writable"]), tuple(plan["read_only"]))),
@@ -124,7 +124,7 @@ def _rlimits(limits: dict[str, int]) -> None:
         resource.setrlimit(getattr(resource, name), (value, value))
 
 
-def _confine(plan: dict[str, Any], policy: bytes) -> None:
-    """In every child of the agent, last thing before the caller's code."""
+def _confine(plan: dict[str, Any], policy: bytes, announce_fd: int) -> None:
+    """In every child of the agent, last thing before the caller's code. Closes `announce_fd` in that child."""
     if "seccomp" not in plan.get("without", ()):
-        seccomp_install.install(policy)
+        seccomp_install.install_with_listener(policy, announce_fd)

@@ -18,7 +18,7 @@ from typing import Any
 import fumehood
 from fumehood.errors import SandboxGone, SetupFailed
 from fumehood.model import Template
-from fumehood.runtime.native import zygote
+from fumehood.runtime.native import builder
 
 _PACKAGE = str(Path(fumehood.__file__).parent)
 _CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid (unix(7))
@@ -42,7 +42,7 @@ class Zygote:
         with theirs, log.open("ab") as sink:
             # In the loop's own thread: the zygote dies with the thread that started it (PR_SET_PDEATHSIG, prctl(2)).
             process = subprocess.Popen(  # noqa: ASYNC220
-                zygote.command(sys.executable, str(Path(_PACKAGE).parent), "build", theirs.fileno()),
+                builder.command(sys.executable, str(Path(_PACKAGE).parent), "builder", theirs.fileno()),
                 env={},
                 cwd="/",
                 stdin=subprocess.DEVNULL,
@@ -53,7 +53,9 @@ class Zygote:
             )
         self = cls(template, process, control, log)
         try:
-            control.send(json.dumps(_order(template, uid, scratch)).encode())
+            order = json.dumps(_order(template, uid, scratch)).encode()
+            control.send(order)  # for builder.py
+            control.send(order)  # for zygote.py
             async with asyncio.timeout(timeout_s):
                 self._check_ready(await asyncio.get_running_loop().sock_recv(control, 4096))
         except TimeoutError:
@@ -81,14 +83,17 @@ class Zygote:
             self._failure = json.loads(answer).get("failed", "")
         self.lost = "the zygote ended"
 
-    async def spawn(self) -> tuple[socket.socket, int]:
-        """A fresh clone's channel and its host pid, as the kernel states it. The clone waits for its plan."""
+    async def spawn(self, announce: socket.socket) -> tuple[socket.socket, int]:
+        """A fresh clone's channel and its host pid, as the kernel states it. The clone waits for its plan.
+
+        `announce` is the sandbox's end of seccomp_install.channel(); closed here.
+        """
         ours, theirs = socket.socketpair()
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         ours.setblocking(False)
         try:
-            with theirs:
-                socket.send_fds(self._control, [b"spawn"], [theirs.fileno()])
+            with theirs, announce:
+                socket.send_fds(self._control, [b"spawn"], [theirs.fileno(), announce.fileno()])
             await readable(ours)
             data, ancillary, _flags, _address = ours.recvmsg(1, socket.CMSG_SPACE(_CREDENTIALS.size))
             if not data:

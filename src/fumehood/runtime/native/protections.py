@@ -1,0 +1,61 @@
+"""What the native tier states about each mechanism on this host. Probed once for a supervisor; part of every Result."""
+
+from __future__ import annotations
+
+from fumehood.model import Enforcement, Limits, Protection
+from fumehood.runtime.native import cgroup_protections, landlock
+from fumehood.runtime.native.cgroup_layout import Layout
+
+ENFORCED, DEGRADED, OFF = Enforcement.ENFORCED, Enforcement.DEGRADED, Enforcement.OFF
+# Steps of the recipe that fail the whole creation when they fail: there is no sandbox without them.
+_ALWAYS = {
+    "pid-namespace": "its own process tree, whose end is the sandbox's",
+    "mount-namespace": "its own root, pivoted into; inherited mounts are locked",
+    "network-namespace": "loopback only, no route",
+    "uts-namespace": "its own host name",
+    "ipc-namespace": "no System V or POSIX queue of another sandbox",
+    "user-namespace": "its capabilities mean nothing outside, and all are dropped",
+    "cgroup-namespace": "sees its own cgroup as the root",
+    "read-only-root": "every bind read-only, nosuid, nodev; only its tmpfs is writable",
+    "masked-proc": "an allow-list of /proc; /sys is empty",
+    "seccomp": "floor for the agent, policy for user code, foreign ABIs refused",
+    "syscall-count": "refused calls answered and counted by the supervisor",
+    "no-new-privs": "set-user-ID bits and file capabilities are ignored",
+    "capabilities": "all five sets empty",
+    "disk": "one tmpfs limited in bytes and inodes",
+}
+
+
+def probe(layout: Layout, *, rootless: bool) -> tuple[Protection, ...]:
+    rows = [Protection(name, ENFORCED, detail) for name, detail in _ALWAYS.items()]
+    rows.append(_landlock())
+    rows.append(_distinct_uid(rootless=rootless))
+    rows += _cgroups(layout)
+    return tuple(rows)
+
+
+def _landlock() -> Protection:
+    version = landlock.abi()
+    if not version:
+        return Protection("landlock", OFF, "this kernel has no Landlock", "boot a kernel of 5.13 or later with lsm=landlock")
+    if version < 6:
+        return Protection("landlock", DEGRADED, f"ABI {version}: no signal and socket scopes", "Linux 6.12 has ABI 6")
+    return Protection("landlock", ENFORCED, f"ABI {version}: writes below the writable paths only")
+
+
+def _distinct_uid(*, rootless: bool) -> Protection:
+    if rootless:
+        detail = "all sandboxes share your host uid; user and pid namespaces keep them apart"
+        return Protection("distinct-uid", DEGRADED, detail, "run the supervisor as root")
+    return Protection("distinct-uid", ENFORCED, "a host uid of its own for each sandbox")
+
+
+def _cgroups(layout: Layout) -> list[Protection]:
+    """Without cgroups of our own, memory and pids are watched by the supervisor, which can only react."""
+    rows: list[Protection] = []
+    for row in cgroup_protections.protections(layout, Limits(), frozenset()):
+        if row.state is OFF and row.name in ("memory", "pids", "freezer"):
+            rows.append(Protection(row.name, DEGRADED, f"no cgroup ({row.detail}): rlimits and a watchdog instead", row.fix))
+        else:
+            rows.append(row)
+    return rows
