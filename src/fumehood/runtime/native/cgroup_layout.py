@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -83,7 +84,7 @@ def _mounts(root: str, mountinfo: str) -> Iterator[tuple[str, str, str, list[str
     for line in Path(mountinfo).read_text().splitlines():
         before, _, after = line.partition(" - ")
         fields, (fstype, _, options) = before.split(), after.split(" ")[:3]
-        point = fields[4].encode().decode("unicode_escape")  # proc(5): \040 for a space
+        point = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), fields[4])  # proc(5): \040 is a space
         if PurePosixPath(point).is_relative_to(root):
             yield point, fstype, fields[3], options.split(",")
 
