@@ -49,7 +49,7 @@ ROOMS: Mapping[str, tuple[tuple[str, ...], str]] = {
     ),
     "gateway": ((*NOUNS, "config", "policy", "supervisor", "gateway"), "HTTP reaches a sandbox through the supervisor only"),
     "client": (
-        (*NOUNS, "config", "policy", "execution", "supervisor", "runtime", "client"),
+        (*NOUNS, "config", "policy", "execution", "supervisor", "runtime", "agent.wire", "client"),
         "the SDK may embed a supervisor and choose its tier; it knows no gateway internals",
     ),
     "demo": ((*NOUNS, "demo"), "the demo's attacks are scripts for the inside; the CLI runs them through the client"),
@@ -61,7 +61,7 @@ ROOMS: Mapping[str, tuple[tuple[str, ...], str]] = {
 TOUCH: Mapping[str, tuple[tuple[str, ...], str]] = {
     "ctypes": (
         ("runtime/", "agent/", "demo/"),
-        "raw system calls belong to the rooms that build, inhabit and attack a sandbox",
+        "raw system calls belong where a sandbox is built, inhabited or attacked",
     ),
     "fork": (("runtime/", "agent/", "demo/"), "a fork in a threaded host process copies locks that nobody releases"),
     "environ": (
@@ -86,9 +86,11 @@ _ATTRIBUTES = {
     **dict.fromkeys(("environ", "getenv", "putenv", "environb", "unsetenv"), "environ"),
 }
 
-# What of the agent may import libraries, and only inside functions: an image without them still has an agent.
-LAZY = {"IPython", "traitlets", "matplotlib", "numpy", "pandas", "PIL", "tornado"}
-LAZY_FILES = ("agent/python.py", "agent/rich.py", "agent/chart.py")
+# Libraries that an image may lack. Inside functions any executor may import them; at load only modules that are themselves
+# loaded late: the IPython executor, and the backend that matplotlib loads by name once user code imports pyplot.
+LIBRARIES = {"IPython", "traitlets", "matplotlib", "numpy", "pandas", "PIL", "tornado"}
+EXECUTORS = ("agent/python.py", "agent/rich.py", "agent/chart.py")
+LATE = ("agent/notebook.py", "agent/inline.py")
 
 LONGER: Mapping[str, str] = {
     "model.py": "one flat table of the nouns",
@@ -175,19 +177,18 @@ def _touches(path: str, tree: ast.AST) -> Iterator[str]:
 
 
 def _agent(path: str, tree: ast.Module) -> Iterator[str]:
-    at_load = {id(node) for node in _at_load(tree)}
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.Import | ast.ImportFrom) or getattr(node, "level", 0):
+    why = ROOMS["agent"][1]
+    at_load = {node.lineno for node in _at_load(tree) if isinstance(node, ast.Import | ast.ImportFrom)}
+    for line, name in _imported(path, tree):
+        top = name.split(".")[0]
+        if top in sys.stdlib_module_names or path in LATE:
             continue
-        names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""]
-        for top in (name.split(".")[0] for name in names):
-            if (
-                top in sys.stdlib_module_names
-                or top == "fumehood"
-                or (top in LAZY and path in LAZY_FILES and id(node) not in at_load)
-            ):
-                continue
-            yield f"{path}:{node.lineno}: imports {top} - {ROOMS['agent'][1]}; {', '.join(LAZY_FILES)} may, inside functions"
+        if top == "fumehood":  # which of fumehood is judged by ROOMS; here only when
+            late = f"{name.removeprefix('fumehood.').replace('.', '/')}.py"
+            if late in LATE and line in at_load:
+                yield f"{path}:{line}: imports {late} at load - {why}; import it inside a function"
+        elif not (top in LIBRARIES and path in EXECUTORS and line not in at_load):
+            yield f"{path}:{line}: imports {top} - {why}; {', '.join(EXECUTORS)} may, inside functions"
 
 
 def _at_load(tree: ast.AST) -> Iterator[ast.AST]:
