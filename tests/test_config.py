@@ -11,6 +11,9 @@ from fumehood.config import Config
 from fumehood.errors import InvalidInput
 
 
+pytestmark = pytest.mark.rootless  # root and an ordinary user have different directories
+
+
 @pytest.fixture
 def environ(tmp_path: Path) -> dict[str, str]:
     return {

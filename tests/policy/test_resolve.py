@@ -12,6 +12,7 @@ from fumehood.policy.load import preset_names
 from fumehood.policy.resolve import TEMPLATES, resolve, tighten
 from fumehood.policy.rules import Policy
 from fumehood.runtime.base import missing
+from fumehood.runtime.native import cgroup_layout, protections
 
 
 def test_the_default_preset_says_what_the_model_says():
@@ -43,11 +44,20 @@ def test_the_figures_of_the_seed_are_expressible_m2_m3_m4():
     assert (limits.io_read_bps, limits.io_write_bps) == (10485760, 5242880)
 
 
-def test_strict_is_refused_where_any_protection_is_not_enforced_h13():
-    on, weak = Protection("a", Enforcement.ENFORCED), Protection("b", Enforcement.DEGRADED)
+def test_strict_requires_every_protection_of_the_native_tier_that_works_unasked_h13():
+    known = {p.name for p in protections.probe(cgroup_layout.probe(), rootless=False)}
+    assert resolve("strict").require == known - {"block-io"}, "block-io is off until a throttle is set"
+
+
+@pytest.mark.parametrize("lost", sorted(resolve("strict").require))
+def test_strict_is_refused_where_one_protection_is_weaker_or_unknown_h13(lost):
     require = resolve("strict").require
-    assert missing(require, [on]) == [] and missing(require, [on, weak]) == [weak]
-    assert missing(require, []), "a tier that knows no protection can't enforce all"
+    full = {name: Protection(name, Enforcement.ENFORCED) for name in require}
+    assert missing(require, list(full.values())) == []
+    weak = {**full, lost: Protection(lost, Enforcement.DEGRADED)}
+    assert missing(require, list(weak.values())) == [weak[lost]]
+    del full[lost]
+    assert [p.name for p in missing(require, list(full.values()))] == [lost]
 
 
 def test_an_unknown_preset_lists_the_known_ones():
@@ -84,9 +94,9 @@ def test_a_circle_of_extends_is_refused_and_shown(tmp_path: Path):
 
 
 def test_an_extension_can_add_protections_but_not_drop_them():
-    spec = resolve({"extends": "strict", "require": ["seccomp"], "files": {"hidden": ["/a"]}}, overrides={
+    spec = resolve({"extends": "strict", "require": ["my-own"], "files": {"hidden": ["/a"]}}, overrides={
         "require": [], "files": {"hidden": ["/b"]}})  # fmt: skip
-    assert spec.require == {"all", "seccomp"} and spec.files.hidden == ("/a", "/b")
+    assert spec.require == resolve("strict").require | {"my-own"} and spec.files.hidden == ("/a", "/b")
 
 
 def test_overrides_are_laid_over_the_policy_and_checked_like_one():

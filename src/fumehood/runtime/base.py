@@ -74,12 +74,7 @@ class Runtime(Protocol):
 
 
 def missing(required: frozenset[str], protections: Sequence[Protection]) -> list[Protection]:
-    """The required protections that are not enforced; a required name that no tier knows counts as missing.
-
-    "all" requires every protection that the tier knows, and that it knows any.
-    """
+    """The required protections that are not enforced; a required name that no tier knows counts as missing."""
     known = {p.name: p for p in protections}
-    if known and "all" in required:
-        required = required - {"all"} | frozenset(known)
     absent = [Protection(name, Enforcement.OFF, "unknown to this tier") for name in sorted(required - known.keys())]
     return absent + [known[n] for n in sorted(required & known.keys()) if known[n].state is not Enforcement.ENFORCED]
