@@ -53,8 +53,13 @@ async def judge(attempt: Attempt, host: hosts.Host, tier: str = "auto") -> Verdi
         # The attempt took its own sandbox down: contained only where the table expects that.
         kind = "contained" if "killed" in attempt.ends else "unproven"
         return Verdict(attempt.name, attempt.hazard, kind, attempt.barrier, e.code, (e.message, e.cause))
+    return verdict(attempt, result, host, seen)
+
+
+def verdict(attempt: Attempt, result: Result, host: hosts.Host, seen: list[str]) -> Verdict:
+    """`seen` is what the host found afterwards. Its own facts outweigh all that the guest says."""
     lines = [line for line in result.stdout.split("\n") if line.startswith(("HELD ", "BREACH "))]
-    seen += host.breaches(result.stdout, result.stderr, repr(result.results)) + host.survivors()
+    seen = seen + host.breaches(result.stdout, result.stderr, repr(result.results)) + host.survivors()
     breaches = [line for line in lines if line.startswith("BREACH")] + seen
     if attempt.ends and result.status in attempt.ends and not seen:
         breaches = []  # the host ended it before it could finish; what it printed of its success is not one

@@ -47,7 +47,7 @@ def run(
     file: Annotated[str | None, typer.Argument(help="The program; - reads it from standard input.")] = None,
     code: Annotated[str | None, typer.Option("-c", help="The program as text.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one Result object and nothing else.")] = False,
-    language: Annotated[str | None, typer.Option(help="python, bash or javascript [default: by suffix]")] = None,
+    language: Annotated[str | None, typer.Option(help="python, bash or javascript; if absent, by suffix")] = None,
     timeout: Annotated[float | None, typer.Option(help="Seconds for the program.")] = None,
     memory: Annotated[str | None, typer.Option(help="Memory, such as 512M or 2G.")] = None,
     cpus: Annotated[float | None, typer.Option(help="Processors, such as 0.5.")] = None,

@@ -43,12 +43,12 @@ def every_other_family() -> None:
 def int80_socket() -> None:
     # Another architecture, other numbers: 359 is socket(2) there. A filter that knows x86-64 only lets it through.
     def enter() -> None:
-        answer = int80(359, 38, 5, 0)
-        outcome("int 0x80 socket(AF_ALG)", errno.errorcode[-answer] if answer < 0 else "ok")
+        for name, family in (("ALG", 38), ("NETLINK", 16)):
+            answer = int80(359, family, 5 - 2 * (family == 16), 0)
+            outcome(f"int 0x80 socket(AF_{name})", errno.errorcode[-answer] if answer < 0 else "ok")
 
-    end = child(enter)
-    if end in ("SIGSYS", "SIGSEGV"):  # killed by the filter, or a kernel without that entry
-        held(f"int 0x80 socket(AF_ALG): {end}")
+    if (end := child(enter)) in ("SIGSYS", "SIGSEGV"):  # killed by the filter, or a kernel without that entry
+        held(f"int 0x80 socket: {end}")
 
 
 def int80_mount() -> None:

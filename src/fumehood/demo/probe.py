@@ -128,5 +128,5 @@ def connects(what: str, family: int, kind: int, address: Any, payload: bytes = b
         except OSError as e:
             unreachable = ("ENETUNREACH", "EHOSTUNREACH", "EADDRNOTAVAIL", "ECONNREFUSED", "ENOENT")
             return outcome(what, errno.errorcode.get(e.errno or 0, "no answer"), *unreachable)
-        s.sendall(payload)
-        breach(f"{what}: connected, {s.recv(200)!r}")
+        breach(f"{what}: connected")
+        say("seen", repr(s.recv(200)))
