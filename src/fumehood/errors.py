@@ -33,6 +33,9 @@ class FumehoodError(Exception):
         self.remediation = remediation
         self.details = details
 
+    def __str__(self) -> str:
+        return f"{self.message}: {self.cause}" if self.cause else self.message
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON: code, message, cause, remediation, retryable, and details when there are any."""
         return {

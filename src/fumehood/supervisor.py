@@ -11,10 +11,11 @@ import contextlib
 import secrets
 import time
 from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from fumehood.config import Config
-from fumehood.errors import FumehoodError, InvalidInput, NotFound, SandboxGone, SetupFailed
+from fumehood.errors import FumehoodError, InvalidInput, NotFound, SandboxGone
 from fumehood.events import EgressDenied, Event, SyscallRefused
 from fumehood.execution import Capture, Followed, Sinks, follow
 from fumehood.model import (
@@ -203,18 +204,21 @@ class Live:
 
 
 class Supervisor:
-    """Creates, finds and ends sandboxes. `runtimes` by tier name."""
+    """Creates, finds and ends sandboxes. `tiers`: how to make the runtime of each, strongest first, on first use."""
 
-    def __init__(self, config: Config, runtimes: dict[str, Runtime]) -> None:
-        self.config, self._runtimes = config, runtimes
+    def __init__(self, config: Config, tiers: Mapping[str, Callable[[Config], Runtime]]) -> None:
+        self.config, self._tiers = config, tiers
+        self._runtimes: dict[str, Runtime] = {}
         self._live: dict[str, Live] = {}
 
     def runtime(self, tier: str) -> Runtime:
         """`auto` is the strongest tier here that was proved to work; a named one is that one or an error, never a weaker."""
-        name = next(iter(self._runtimes)) if tier == "auto" else tier
-        if name not in self._runtimes:
-            known = ", ".join(["auto", *self._runtimes])
+        name = next(iter(self._tiers)) if tier == "auto" else tier
+        if name not in self._tiers:
+            known = ", ".join(["auto", *self._tiers])
             raise InvalidInput(f"unknown tier: {tier!r}", cause=f"this build has: {known}", remediation="pick one of them")
+        if name not in self._runtimes:
+            self._runtimes[name] = self._tiers[name](self.config)
         return self._runtimes[name]
 
     async def create(self, spec: SandboxSpec, tier: str = "auto") -> Live:
@@ -225,8 +229,6 @@ class Supervisor:
         try:
             live.link = Link(*await live.handle.connect())
             await live.link.start(self.config.agent_timeout_s)
-            if failed := live.link.hello.get("setup_failed"):
-                raise SetupFailed(f"step {failed.get('step')} of the recipe failed", cause=str(failed.get("message")))
             await live.link.call("bind", env=dict(spec.env), clock_s=time.time())
         except BaseException:
             await live.handle.aclose()

@@ -12,7 +12,7 @@ import atexit
 import concurrent.futures
 import os
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from fumehood.config import Config
@@ -33,7 +33,7 @@ class Engine:
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="fumehood", daemon=True)
         self._thread.start()
-        self.supervisor: Supervisor = self.submit(_make_supervisor(config)).result()
+        self.supervisor: Supervisor = Supervisor(config, _TIERS)
         atexit.register(self.close)
 
     @classmethod
@@ -71,13 +71,20 @@ class Engine:
         self.loop.close()
 
 
-async def _make_supervisor(config: Config) -> Supervisor:
-    """Tiers from the strongest that this generation has. `fake` is there to be asked for by name, never by `auto`."""
-    from fumehood.runtime.fake import FakeRuntime
+def _native(config: Config) -> Runtime:
     from fumehood.runtime.native.driver import NativeRuntime
 
-    runtimes: dict[str, Runtime] = {"native": NativeRuntime(config), "fake": FakeRuntime(config)}
-    return Supervisor(config, runtimes)
+    return NativeRuntime(config)
+
+
+def _fake(config: Config) -> Runtime:
+    from fumehood.runtime.fake import FakeRuntime
+
+    return FakeRuntime(config)
+
+
+# The strongest first: `auto` takes it. `fake` isolates nothing and is there to be asked for by name only.
+_TIERS: dict[str, Callable[[Config], Runtime]] = {"native": _native, "fake": _fake}
 
 
 os.register_at_fork(after_in_child=Engine._forget)  # pyright: ignore[reportPrivateUsage]

@@ -32,7 +32,12 @@ PolicyLike = str | Path | Policy | Mapping[str, Any] | None
 
 def capabilities(tier: str = "auto") -> Capabilities:
     """What `tier` can enforce on this host."""
-    return Engine.of_this_process().supervisor.runtime(tier).capabilities()
+    engine = Engine.of_this_process()
+
+    async def ask() -> Capabilities:
+        return engine.supervisor.runtime(tier).capabilities()
+
+    return block_on(engine, ask())
 
 
 class _Core:

@@ -60,7 +60,7 @@ class NativeHandle:
 
     async def wait_dead(self) -> None:
         """The pidfd of a pid namespace's init is readable only when every process in it is gone (pid_namespaces(7))."""
-        await _readable_fd(self._pidfd)
+        await readable(self._pidfd)
 
     async def aclose(self) -> None:
         await self._undo.aclose()
@@ -152,7 +152,7 @@ class NativeRuntime:
     async def _receive_disk(self, channel: socket.socket) -> int:
         """The sandbox's file system as a descriptor, for its free space only; or the failure of an earlier step."""
         async with asyncio.timeout(self._config.agent_timeout_s):
-            await readable(channel)
+            await readable(channel.fileno())
         mark, fds, _flags, _address = socket.recv_fds(channel, 1, 1)
         if mark == b"d" and fds:
             return fds[0]
@@ -220,16 +220,4 @@ def _signal(pidfd: int, number: int) -> None:
 async def _end(pidfd: int, account: accounting.Account) -> None:
     _signal(pidfd, signal.SIGKILL)
     account.thaw()
-    await _readable_fd(pidfd)
-
-
-async def _readable_fd(fd: int) -> None:
-    loop = asyncio.get_running_loop()
-    ready = loop.create_future()
-    watched = os.dup(fd)  # two waiters may watch one pidfd, a loop takes one reader for each descriptor
-    loop.add_reader(watched, lambda: ready.done() or ready.set_result(None))
-    try:
-        await ready
-    finally:
-        loop.remove_reader(watched)
-        os.close(watched)
+    await readable(pidfd)

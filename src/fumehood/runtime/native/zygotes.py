@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import signal
 import socket
 import struct
@@ -94,7 +95,7 @@ class Zygote:
         try:
             with theirs, announce:
                 socket.send_fds(self._control, [b"spawn"], [theirs.fileno(), announce.fileno()])
-            await readable(ours)
+            await readable(ours.fileno())
             data, ancillary, _flags, _address = ours.recvmsg(1, socket.CMSG_SPACE(_CREDENTIALS.size))
             if not data:
                 raise SetupFailed("the zygote could not fork a sandbox", cause=self.lost or self._failure)
@@ -116,8 +117,11 @@ class Zygote:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._watch
         self._control.close()
+        pidfd = os.pidfd_open(self._process.pid)  # not a thread: at exit no new one can be had
         self._process.send_signal(signal.SIGKILL)
-        await asyncio.to_thread(self._process.wait)
+        await readable(pidfd)
+        os.close(pidfd)
+        self._process.wait()
 
 
 def _order(template: Template, uid: int | None, scratch: Path) -> dict[str, Any]:
@@ -143,11 +147,14 @@ def _library_environ() -> dict[str, str]:
     return {f"{name}_NUM_THREADS": "1" for name in ("OPENBLAS", "OMP", "MKL", "NUMEXPR")} | {"MPLCONFIGDIR": "/tmp/.mpl"}
 
 
-async def readable(sock: socket.socket) -> None:
+async def readable(fd: int) -> None:
+    """Returns when `fd` has something to read, or for a pidfd: when its process has ended."""
     loop = asyncio.get_running_loop()
     ready = loop.create_future()
-    loop.add_reader(sock.fileno(), lambda: ready.done() or ready.set_result(None))
+    watched = os.dup(fd)  # two may wait for one descriptor, of which a loop takes one reader only
+    loop.add_reader(watched, lambda: ready.done() or ready.set_result(None))
     try:
         await ready
     finally:
-        loop.remove_reader(sock.fileno())
+        loop.remove_reader(watched)
+        os.close(watched)
