@@ -25,10 +25,10 @@ def doctor(
 
 
 async def _doctor(as_json: bool, tier: str) -> int:
-    from fumehood.client.sandbox import capabilities
+    from fumehood.client.sandbox import AsyncSandbox, capabilities
 
     found = capabilities(tier)
-    lacking = unmet(found.protections)
+    lacking = unmet(AsyncSandbox(policy="default").spec.require, found.protections)
     good = found.available and not lacking
     if as_json:
         exits.print_json({**dataclasses.asdict(found), "ok": good, "lacking": lacking, "host": host_facts()})
@@ -37,11 +37,10 @@ async def _doctor(as_json: bool, tier: str) -> int:
     return 0 if good else 1
 
 
-def unmet(protections: tuple[Protection, ...]) -> list[str]:
-    from fumehood.client.sandbox import AsyncSandbox
-
+def unmet(required: frozenset[str], protections: tuple[Protection, ...]) -> list[str]:
+    """Required names that are not enforced, unknown ones among them."""
     enforced = {p.name for p in protections if p.state is Enforcement.ENFORCED}
-    return sorted(AsyncSandbox().spec.require - enforced)
+    return sorted(required - enforced)
 
 
 def host_facts() -> dict[str, Any]:
