@@ -229,7 +229,7 @@ class Supervisor:
         try:
             live.link = Link(*await live.handle.connect())
             await live.link.start(self.config.agent_timeout_s)
-            await live.link.call("bind", env=dict(spec.env), clock_s=time.time())
+            await live.link.call("bind", env=dict(spec.env))
         except BaseException:
             await live.handle.aclose()
             raise
