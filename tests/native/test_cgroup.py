@@ -34,6 +34,7 @@ pytestmark = pytest.mark.root
 
 LIMITS = Limits(memory_bytes=64 * MIB, pids=16)
 ENTER = "import os, sys, time\nfor d in sys.argv[1].split(','): os.write(int(d), b'0'); os.close(int(d))\n"
+PAGE = mmap.PAGESIZE
 DROP = "import os; os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
 HERE = probe()
 
@@ -75,6 +76,22 @@ def soon(condition: Callable[[], bool]) -> None:
 def ready(process: subprocess.Popen[str]) -> None:
     assert process.stdout
     assert process.stdout.readline() == "ready\n"
+
+
+def bounds(layout: Layout, *names: str) -> tuple[int, int]:
+    """(memory, swap beyond it) as the kernel has them."""
+    if layout.places["memory"].version == 2:
+        return int(value(layout, "memory", *names, "memory.max")), int(value(layout, "memory", *names, "memory.swap.max"))
+    memory = int(value(layout, "memory", *names, "memory.limit_in_bytes"))
+    return memory, int(value(layout, "memory", *names, "memory.memsw.limit_in_bytes")) - memory
+
+
+def throttle(layout: Layout, *names: str) -> list[str]:
+    """The kernel's rules: [read, write]."""
+    if layout.places["io"].version == 2:
+        return [rule for rule in value(layout, "io", *names, "io.max").split() if "bps=" in rule]
+    rules = [value(layout, "io", *names, f"blkio.throttle.{way}_bps_device") for way in ("read", "write")]
+    return [f"{way}bps={rule.split()[1]}" for way, rule in zip("rw", rules, strict=True) if rule]
 
 
 def value(layout: Layout, controller: str, *names: str) -> str:
@@ -123,7 +140,8 @@ def test_a_spinning_process_is_throttled_to_its_quota(instance: str, spawn: Any)
         spawn(group, "while True: pass")
         soon(lambda: "nr_throttled 0" not in value(HERE, "cpu", instance, "spin", "cpu.stat"))
         assert group.reading().usage.cpu_s > 0
-        assert value(HERE, "cpu", instance, "spin", "cpu.shares") == "512"
+        file, weight = ("cpu.shares", "512") if HERE.places["cpu"].version == 1 else ("cpu.weight", "50")
+        assert value(HERE, "cpu", instance, "spin", file) == weight
 
 
 def test_direct_writes_are_accounted_and_the_throttle_is_in_the_kernel(instance: str, spawn: Any, tmp_path: Path) -> None:
@@ -135,12 +153,11 @@ os.write(fd, mmap.mmap(-1, 1 << 20))
     layout = probe(state_dir=str(tmp_path))
     limits = LIMITS.replace(io_read_bps=10 * MIB, io_write_bps=5 * MIB)
     with Group.create(layout, instance, "disk", limits) as group:
-        for way, bps in (("read", 10 * MIB), ("write", 5 * MIB)):
-            assert value(layout, "io", instance, "disk", f"blkio.throttle.{way}_bps_device") == f"{layout.device} {bps}"
+        assert throttle(layout, instance, "disk") == [f"rbps={10 * MIB}", f"wbps={5 * MIB}"]
         assert spawn(group, code, str(tmp_path / "file")).wait(20) == 0
         assert group.reading().usage.io_write_bytes >= 1 * MIB
         group.apply(LIMITS)
-        assert value(layout, "io", instance, "disk", "blkio.throttle.write_bps_device") == ""
+        assert throttle(layout, instance, "disk") == []
 
 
 def test_a_directory_without_a_disk_has_no_device_to_throttle() -> None:
@@ -192,10 +209,9 @@ def test_any_sequence_of_memory_and_swap_limits_is_accepted_by_the_kernel(steps:
     with Group.create(HERE, instance, "grow", LIMITS) as group:
         for memory, swap in steps:
             group.apply(LIMITS.replace(memory_bytes=memory, swap_bytes=swap))
-            page = mmap.PAGESIZE
-            assert int(value(HERE, "memory", instance, "grow", "memory.limit_in_bytes")) == memory // page * page
-            total = int(value(HERE, "memory", instance, "grow", "memory.memsw.limit_in_bytes"))
-            assert total == (memory + swap) // page * page
+            whole, beyond = bounds(HERE, instance, "grow")
+            assert whole == memory // PAGE * PAGE
+            assert abs(beyond - swap) < PAGE  # v1 rounds the sum
     reconcile(HERE, instance)
 
 
@@ -207,7 +223,7 @@ def test_shrinking_below_what_is_in_use_is_refused_and_changes_nothing(instance:
             group.apply(big.replace(memory_bytes=64 * MIB, pids=99))
         assert refusal.value.remediation
         assert group.limits == big
-        assert int(value(HERE, "memory", instance, "full", "memory.limit_in_bytes")) == 256 * MIB
+        assert bounds(HERE, instance, "full") == (256 * MIB, 0)
         assert value(HERE, "pids", instance, "full", "pids.max") == "16"
         assert group.reading().oom_kills == 0
 
@@ -230,7 +246,10 @@ def layouts(tmp_path: Path) -> dict[str, Layout]:
     return {"v1": HERE} | {name: probe(mounts=str(tmp_path / name)) for name in ("v2", "hybrid")}
 
 
-@pytest.fixture(params=["v1", "v2", "hybrid"])
+OTHERS = [pytest.param(v, marks=pytest.mark.may_skip("a host has one layout")) for v in ("v1", "v2", "hybrid")]
+
+
+@pytest.fixture(params=OTHERS)
 def layout(request: pytest.FixtureRequest, tmp_path: Path, instance: str) -> Iterator[Layout]:
     found = layouts(tmp_path)[request.param]
     if found.mode != request.param:
@@ -303,7 +322,7 @@ def test_a_process_that_left_the_group_after_it_was_listed_is_not_killed(
             return real(pid)
 
         monkeypatch.setattr(os, "pidfd_open", leave)
-        group.kill()
+        assert cgroup_tree.signal_all(group._directories[0]) == 1
         assert process.poll() is None
 
 
@@ -325,41 +344,43 @@ def test_a_taken_name_is_refused_and_its_owner_is_left_alone(instance: str) -> N
         with pytest.raises(InvalidInput):
             Group.create(HERE, instance, "taken", LIMITS)
         assert group.reading().oom_kills == 0
-        assert len(places(HERE, instance, "taken")) == 6
+        assert len(places(HERE, instance, "taken")) == len(HERE.by_place())
 
 
-def fail_at(patch: pytest.MonkeyPatch, owner: Any, name: str, turn: int) -> None:
-    real, calls = getattr(owner, name), iter(range(1000))
+def calls_until(patch: pytest.MonkeyPatch, owner: Any, name: str, turn: int) -> list[int]:
+    """Let `owner.name` fail at its turn; the list grows with every call."""
+    real, calls = getattr(owner, name), list[int]()
 
     def maybe(*args: Any, **named: Any) -> Any:
-        if next(calls) == turn:
+        calls.append(len(calls))
+        if calls[-1] == turn:
             raise PermissionError(13, "injected")
         return real(*args, **named)
 
     patch.setattr(owner, name, maybe)
+    return calls
 
 
 @pytest.mark.parametrize(
-    ("owner", "name", "steps"),
-    [(os, "mkdir", 6), (cgroup_tree.Directory, "__init__", 6), (cgroup_tree.Directory, "write", 6)],
+    ("owner", "name"),
+    [(os, "mkdir"), (cgroup_tree.Directory, "__init__"), (cgroup_tree.Directory, "write")],
     ids=["mkdir", "open", "write"],
 )
-def test_a_failure_at_any_step_of_create_leaves_no_directory_and_no_descriptor(
-    owner: Any, name: str, steps: int, instance: str
-) -> None:
+def test_a_failure_at_any_step_of_create_leaves_no_directory_and_no_descriptor(owner: Any, name: str, instance: str) -> None:
     Group.create(HERE, instance, "warm", LIMITS).remove()
+    limits = LIMITS.replace(cpu_weight=200, io_write_bps=MIB)
+    with pytest.MonkeyPatch.context() as patch:
+        calls = calls_until(patch, owner, name, turn=-1)
+        Group.create(HERE, instance, "whole", limits).remove()
+    assert calls
     descriptors = len(os.listdir("/proc/self/fd"))
-    limits = LIMITS.replace(cpu_weight=200)
-    for turn in range(steps):
+    for turn in calls:
         with pytest.MonkeyPatch.context() as patch, pytest.raises(SetupFailed) as failure:
-            fail_at(patch, owner, name, turn)
+            calls_until(patch, owner, name, turn)
             Group.create(HERE, instance, "half", limits)
         assert "injected" in failure.value.cause
         assert not places(HERE, instance, "half")
         assert len(os.listdir("/proc/self/fd")) == descriptors
-    with pytest.MonkeyPatch.context() as patch:
-        fail_at(patch, owner, name, steps)  # one more than there are: so the loop above has met every step
-        Group.create(HERE, instance, "whole", limits).remove()
 
 
 def test_a_group_in_use_is_not_removed_and_says_by_whom(instance: str, spawn: Any) -> None:
@@ -446,10 +467,13 @@ def test_protections_state_what_this_kernel_enforces(instance: str) -> None:
     assert states == dict.fromkeys(("cpu", "memory", "swap", "pids", "freezer"), Enforcement.ENFORCED)
 
 
-def test_a_throttle_that_v1_can_keep_only_in_part_is_stated_as_degraded(instance: str) -> None:
+def test_a_throttle_is_stated_as_degraded_where_v1_keeps_it_only_in_part(instance: str) -> None:
     with Group.create(HERE, instance, "stated", LIMITS.replace(io_write_bps=MIB)) as group:
         stated = {p.name: p for p in group.protections()}["block-io"]
-    assert stated.state is Enforcement.DEGRADED and "page cache" in stated.detail and stated.fix
+    if HERE.places["io"].version == 2:
+        assert stated.state is Enforcement.ENFORCED
+    else:
+        assert stated.state is Enforcement.DEGRADED and "page cache" in stated.detail and stated.fix
 
 
 def test_a_controller_that_is_missing_is_off_with_reason_and_fix(instance: str) -> None:

@@ -169,10 +169,10 @@ def test_a_process_that_vanishes_in_the_middle_of_a_sample_is_left_out(
     real = getattr(watchdog, reading)
 
     def vanish(pid: int, *rest: object) -> object:
-        if pid == init:
-            process.kill()
-            process.wait()
-            assert wait(lambda: not Path(f"/proc/{init}").exists(), 10)
+        if pid == init and process.poll() is None:
+            os.kill(init, signal.SIGKILL)
+            process.wait()  # reaps it
+            assert not Path(f"/proc/{init}").exists()
         return real(pid, *rest)
 
     monkeypatch.setattr(watchdog, reading, vanish)
