@@ -55,7 +55,7 @@ class _Core:
     ) -> None:
         self._engine = Engine.of_this_process(config)
         chosen = policy if policy is not None else self._engine.supervisor.config.default_policy
-        self.spec: SandboxSpec = resolve(chosen, overrides=limits or {}, env=env or {}, template=template)
+        self.spec: SandboxSpec = resolve(chosen, overrides={"limits": dict(limits)} if limits else {}, env=env or {}, template=template)
         self.tier = tier
         self._live: Live | None = None
 
