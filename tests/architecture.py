@@ -29,7 +29,7 @@ ROOMS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "pool": ((*NOUNS, "runtime.base"), "the pool plans; a Runtime is handed to it"),
     "outcome": ((*NOUNS, "runtime.base"), "what a run came to is decided from facts alone"),
     "execution": ((*NOUNS, "outcome", "agent.wire", "runtime.link"), "one execution is followed over a link, on any tier"),
-    "runtime": ((*NOUNS, "runtime.base", "runtime.link", "agent"), "a tier knows the contract and the agent, nothing above"),
+    "runtime": ((*NOUNS, "config", "runtime.base", "runtime.link", "agent"), "a tier knows the contract and the agent, nothing above"),
     "runtime.native": (
         (*NOUNS, "config", "runtime.base", "runtime.link", "runtime.native", "agent"),
         "tiers never import each other: one must be removable without the others noticing",
@@ -42,6 +42,8 @@ ROOMS: Mapping[str, tuple[tuple[str, ...], str]] = {
         (*NOUNS, "config", "runtime.base", "runtime.link", "runtime.microvm", "agent"),
         "tiers never import each other",
     ),
+    "runtime.fake": ((*NOUNS, "config", "runtime.base", "runtime.tree"), "a tier knows the contract, nothing above"),
+    "runtime.keeper": (("agent", "runtime.tree"), "it becomes the agent's parent, so it loads no more than the agent does"),
     "supervisor": (
         (*NOUNS, "config", "policy", "monitor", "response", "store", "scheduler", "pool", "outcome", "execution", "runtime",
          "agent.wire"),
