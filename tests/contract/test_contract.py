@@ -11,6 +11,8 @@ import pytest
 from fumehood import AsyncSandbox, Sandbox
 from fumehood.errors import FileFault, InvalidInput, InvalidTransition, NotFound, SandboxGone
 
+pytestmark = pytest.mark.rootless
+
 
 def test_the_last_expression_is_the_text_and_state_is_kept(box: Sandbox) -> None:
     assert box.run("x = 20").status == "ok"

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import signal
+from dataclasses import replace
 from typing import Protocol
 
 from fumehood.config import Config
-from fumehood.model import Limits
+from fumehood.model import Limits, Usage
 from fumehood.runtime.base import Stats
-from fumehood.runtime.native import cgroup, cgroup_layout
+from fumehood.runtime.native import cgroup, cgroup_layout, watchdog
 from fumehood.runtime.native.cgroup_layout import Layout
+
+_SAMPLE_S = 0.05
 
 
 class Account(Protocol):
@@ -35,13 +41,72 @@ class GroupAccount:
         self._group.close()
 
 
+class WatchAccount:
+    """Degraded: samples, and ends the sandbox after it passed a limit. A fork over the pids limit fails by RLIMIT_NPROC."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._watch: watchdog.Watch | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._ooms = 0
+
+    def attach(self, pid: int) -> None:
+        self._watch = watchdog.Watch(pid, self._limits)
+        self._task = asyncio.create_task(self._guard(os.pidfd_open(pid)))
+
+    async def _guard(self, pidfd: int) -> None:
+        try:
+            while self._watch is not None:
+                stats = await asyncio.to_thread(self._watch.sample)
+                if watchdog.verdict(stats, self._limits) == "oom":
+                    self._ooms = 1
+                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                await asyncio.sleep(_SAMPLE_S)
+        except ProcessLookupError:
+            return  # it ended
+        finally:
+            os.close(pidfd)
+
+    def reading(self) -> Stats:
+        """oom_kills and pids_refused are 0 or 1: whether the limit was met, which is all that sampling can tell."""
+        if self._watch is None:
+            return Stats(Usage(), 0, 0, 0, 0)
+        stats = self._watch.sample()
+        full = stats.usage.peak_pids >= self._limits.pids
+        return replace(stats, oom_kills=self._ooms, pids_refused=int(full))
+
+    def freeze(self) -> None:
+        if self._watch is not None:
+            self._watch.signal_all(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        if self._watch is not None:
+            self._watch.signal_all(signal.SIGCONT)
+
+    def apply(self, limits: Limits) -> None:
+        self._limits = limits
+
+    def close(self) -> None:
+        self._watch = None
+        if self._task is not None:
+            self._task.cancel()
+
+
 def layout(config: Config) -> Layout:
     return cgroup_layout.probe(state_dir=str(config.state_dir))
 
 
+def has_groups(where: Layout) -> bool:
+    """Cgroups replace the watchdog only where they bound what it would watch."""
+    return {"memory", "pids", "freezer"} <= where.places.keys()
+
+
 def open_account(where: Layout, instance: str, sandbox_id: str, limits: Limits) -> Account:
-    return GroupAccount(cgroup.Group.create(where, instance, sandbox_id, limits))
+    if has_groups(where):
+        return GroupAccount(cgroup.Group.create(where, instance, sandbox_id, limits))
+    return WatchAccount(limits)
 
 
 def remove_instance(where: Layout, instance: str) -> None:
-    cgroup.reconcile(where, instance)
+    if has_groups(where):
+        cgroup.reconcile(where, instance)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from fumehood.model import Enforcement, Limits, Protection
-from fumehood.runtime.native import cgroup_protections, landlock
+from fumehood.runtime.native import cgroup_protections, landlock, watchdog
+from fumehood.runtime.native.accounting import has_groups
 from fumehood.runtime.native.cgroup_layout import Layout
 
 ENFORCED, DEGRADED, OFF = Enforcement.ENFORCED, Enforcement.DEGRADED, Enforcement.OFF
@@ -50,12 +51,8 @@ def _distinct_uid(*, rootless: bool) -> Protection:
     return Protection("distinct-uid", ENFORCED, "a host uid of its own for each sandbox")
 
 
-def _cgroups(layout: Layout) -> list[Protection]:
+def _cgroups(layout: Layout) -> tuple[Protection, ...]:
     """Without cgroups of our own, memory and pids are watched by the supervisor, which can only react."""
-    rows: list[Protection] = []
-    for row in cgroup_protections.protections(layout, Limits(), frozenset()):
-        if row.state is OFF and row.name in ("memory", "pids", "freezer"):
-            rows.append(Protection(row.name, DEGRADED, f"no cgroup ({row.detail}): rlimits and a watchdog instead", row.fix))
-        else:
-            rows.append(row)
-    return rows
+    if has_groups(layout):
+        return cgroup_protections.protections(layout, Limits(), frozenset())
+    return watchdog.protections()

@@ -7,6 +7,7 @@ maps (files on tmpfs, memfds, pipe and socket buffers) is not seen; tmpfs size l
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 
 from fumehood.errors import NotFound
@@ -59,6 +60,15 @@ class Watch:
             io_write_bytes=max(past.io_write_bytes, write),
         )
         return Stats(self._usage, memory, threads, oom_kills=0, pids_refused=0)
+
+    def signal_all(self, number: int) -> None:
+        """To every process, again until a look finds no new one: a fork may slip between looking and stopping."""
+        seen: set[int] = set()
+        while new := self._members().keys() - seen:
+            seen |= new
+            for pid in new:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, number)
 
     def _members(self) -> dict[int, _Process]:
         """By pid namespace or by descent, since either alone has a hole.
