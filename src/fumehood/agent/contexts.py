@@ -1,0 +1,264 @@
+"""context.*: code contexts. Each is a session process, forked on first use; its requests run one after the other."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import socket
+import tempfile
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+from . import changes, child, tree
+from .link import Follower, Link, Reply
+from .loop import Later, Loop, Refused, Stream, Task
+from .session import languages, session_main
+
+CONTEXT_ID = re.compile(r"[a-z][a-z0-9]{3,31}\Z")  # model.ID_PATTERN, which the agent can't import (H14)
+INTERRUPT_GRACE_S = 0.1
+OUTCOMES = frozenset({"ok", "error", "interrupted"})
+
+
+class Checkpoint:
+    """A stopped twin of the session and a copy of the workspace. `twin` shares the pipes of the session it came from."""
+
+    def __init__(self, twin: Link, workspace: str) -> None:
+        self.twin, self.workspace = twin, workspace
+
+
+class Context:
+    def __init__(self, id: str, language: str, cwd: str) -> None:
+        self.id, self.language, self.cwd = id, language, cwd
+        self.link: Link | None = None
+        self.queue: deque[tuple[Stream, Task]] = deque()
+        self.working = False
+        self.removed = False
+        self.checkpoints: dict[str, Checkpoint] = {}
+
+    def describe(self) -> dict[str, Any]:
+        return {"id": self.id, "language": self.language, "cwd": self.cwd}
+
+
+class Contexts:
+    def __init__(self, loop: Loop, home: str, confine: Callable[[], None], children: dict[int, Later]) -> None:
+        self._loop, self._home, self._confine, self._children = loop, home, confine, children
+        self._contexts: dict[str, Context] = {}
+        self._languages = languages()
+
+    # -- requests
+    def create(self, language: str, cwd: str, id: str | None = None) -> Context:
+        if language not in self._languages:
+            raise Refused("unsupported", f"no {language!r} here; this image has {', '.join(self._languages)}")
+        if id is not None and not CONTEXT_ID.match(id):
+            raise Refused("invalid", f"context id {id[:40]!r} does not match {CONTEXT_ID.pattern}")
+        if id in self._contexts:
+            raise Refused("exists", f"there is a context {id!r} already")
+        if not os.path.isdir(cwd):
+            raise Refused("invalid", f"cwd {cwd!r} is not a directory", "ENOENT")
+        context = Context(id or f"c{secrets.token_hex(6)}", language, cwd)
+        self._contexts[context.id] = context
+        return context
+
+    def default(self, language: str) -> Context:
+        """The context whose id is the language's name."""
+        return self._contexts.get(language) or self.create(language, self._home, language)
+
+    def find(self, id: str) -> Context:
+        if id not in self._contexts:
+            raise Refused("not_found", f"no context {id[:40]!r}")
+        return self._contexts[id]
+
+    def list(self) -> list[dict[str, Any]]:
+        return [context.describe() for context in self._contexts.values()]
+
+    def run(self, stream: Stream, context: Context, code: str, env: Mapping[str, str]) -> None:
+        self._enqueue(stream, context, self._run(stream, context, code, env))
+
+        def cancel() -> None:
+            waiting = [job for job in context.queue if job[0] is stream]
+            if not waiting and context.link:
+                context.link.interrupt(INTERRUPT_GRACE_S)
+            for job in waiting:
+                context.queue.remove(job)
+                stream.end({**_outcome(context, "interrupted"), "changed": []})
+
+        stream.on_cancel = cancel
+
+    def interrupt(self, context: Context) -> None:
+        if context.link:
+            context.link.interrupt(INTERRUPT_GRACE_S)
+
+    def restart(self, context: Context) -> None:
+        if context.link:
+            context.link.kill("restarted")
+            if not context.link.busy:
+                self._bury(context)
+
+    def remove(self, context: Context) -> None:
+        del self._contexts[context.id]
+        context.removed = True
+        for stream, _ in context.queue:
+            stream.fail(Refused("not_found", f"context {context.id} was removed"))
+        context.queue.clear()
+        for checkpoint in context.checkpoints.values():
+            checkpoint.twin.close()
+            self._loop.start(_discard(checkpoint.workspace))
+        self.restart(context)
+
+    def checkpoint(self, stream: Stream, context: Context) -> None:
+        self._enqueue(stream, context, self._checkpoint(stream, context))
+
+    def rollback(self, stream: Stream, context: Context, checkpoint: str) -> None:
+        if checkpoint not in context.checkpoints:
+            raise Refused("not_found", f"context {context.id} has no checkpoint {checkpoint[:40]!r}")
+        self._enqueue(stream, context, self._rollback(stream, context, context.checkpoints[checkpoint]))
+
+    def kill_all(self) -> None:
+        for context in self._contexts.values():
+            for link in (context.link, *(c.twin for c in context.checkpoints.values())):
+                if link:
+                    link.kill("the agent ends")
+
+    # -- the queue of one context
+    def _enqueue(self, stream: Stream, context: Context, job: Task) -> None:
+        context.queue.append((stream, job))
+        if not context.working:
+            context.working = True
+            self._loop.start(self._work(context))
+
+    def _work(self, context: Context) -> Task:
+        while context.queue:
+            stream, job = context.queue.popleft()
+            with stream.answering():
+                yield from job
+        context.working = False
+
+    def _run(self, stream: Stream, context: Context, code: str, env: Mapping[str, str]) -> Task:
+        link = self.awake(context)
+        before = changes.scan(self._home)
+        request = {"verb": "run", "code": code, "env": dict(env)}
+        yield from link.drain()  # what threads and orphans of earlier runs wrote is no part of this one (H16)
+        reply: Reply = yield link.call(request, Follower(stream.data, stream.event))
+        yield from link.drain()
+        if reply.error:
+            raise Refused(reply.error["code"], reply.error["message"])
+        outcome = _outcome(context, **_checked(reply))
+        if outcome["outcome"] == "died":
+            self._bury(context)
+        stream.end({**outcome, **changes.difference(before, changes.scan(self._home))})
+
+    def _checkpoint(self, stream: Stream, context: Context) -> Task:
+        """The twin first: it costs a fork, and languages that have none say so before anything is copied."""
+        link = self.awake(context)
+        reply: Reply = yield link.call({"verb": "checkpoint"})
+        twin = self._adopt(reply, link)
+        workspace = tempfile.mkdtemp(prefix=".checkpoint-")
+        try:
+            yield from tree.copy(self._home, os.path.join(workspace, "home"))
+            _still_there(context)
+        except BaseException:
+            twin.close()
+            yield from _discard(workspace)
+            raise
+        name = f"check{len(context.checkpoints) + 1}"
+        context.checkpoints[name] = Checkpoint(twin, workspace)
+        stream.end({"checkpoint": name})
+
+    def _rollback(self, stream: Stream, context: Context, checkpoint: Checkpoint) -> Task:
+        """One ordered recipe: all that can fail (copy, wake) comes before all that destroys (kill, swap)."""
+        stage = os.path.join(self._home, f".rollback-{secrets.token_hex(4)}")
+        try:
+            yield from tree.copy(os.path.join(checkpoint.workspace, "home"), stage)
+            _still_there(context)
+            reply: Reply = yield checkpoint.twin.call({"verb": "wake"})
+            woken = self._adopt(reply, checkpoint.twin)
+            if context.removed:
+                woken.close()
+                _still_there(context)
+        except BaseException:
+            if os.path.lexists(stage):
+                yield from tree.remove(stage)
+            raise
+        self._bury(context)
+        context.link = woken
+        woken.listen()
+        yield from tree.empty(self._home, keep=os.path.basename(stage))
+        tree.lift(stage, self._home)
+        stream.end({})
+
+    # -- session processes
+    def awake(self, context: Context) -> Link:
+        """The context's session, forked now if there is none. Raises OSError (EAGAIN: pids limit)."""
+        if context.link and not context.link.alive:
+            self._bury(context)
+        if context.link is None:
+            context.link = self._fork(context)
+            context.link.listen()
+        return context.link
+
+    def _fork(self, context: Context) -> Link:
+        mine, theirs = socket.socketpair()
+        null = os.open("/dev/null", os.O_RDONLY)
+        (out, out_inner), (err, err_inner) = os.pipe(), os.pipe()
+        try:
+            pid = child.fork(lambda: self._become(context, theirs), (null, out_inner, err_inner))
+        except OSError:
+            mine.close()
+            for fd in (out, err):
+                os.close(fd)
+            raise
+        finally:
+            theirs.close()
+            for fd in (null, out_inner, err_inner):
+                os.close(fd)
+        return Link(self._loop, self._children, pid, mine, (out, err))
+
+    def _become(self, context: Context, control: socket.socket) -> NoReturn:
+        child.confined(self._confine, keep=control.fileno())
+        # After confine(), not before: from here on others of our uid may trace this process, and without its filter it
+        # would be their way around theirs. The session needs it: /proc/self is root's otherwise.
+        child.prctl(child.PR_SET_DUMPABLE, 1)
+        session_main(control, context.language, context.cwd)
+
+    def _adopt(self, reply: Reply, origin: Link) -> Link:
+        """The process behind the socket that came with a reply. Its pid is a claim of the guest's: never 1, never one
+        that is known already."""
+        if reply.error:
+            raise Refused(reply.error["code"], reply.error["message"])
+        pid = (reply.ok or {}).get("pid")
+        if reply.control is None or not isinstance(pid, int) or pid <= 1 or pid in self._children:
+            if reply.control:
+                reply.control.close()
+            raise Refused("not_found", "the process that would have been copied is gone or does not answer properly")
+        return Link(self._loop, self._children, pid, reply.control, origin.duplicate_outputs())
+
+    def _bury(self, context: Context) -> None:
+        if context.link:
+            context.link.close()
+            context.link = None
+
+
+def _checked(reply: Reply) -> dict[str, Any]:
+    if reply.ok is None:
+        return {"outcome": "died", **(reply.death or {})}
+    outcome, count = reply.ok.get("outcome"), reply.ok.get("execution_count")
+    if outcome not in OUTCOMES or not isinstance(count, (int, type(None))):
+        return {"outcome": "died", "exit_code": None, "signal": None, "reason": "broke the protocol: a senseless END"}
+    return {"outcome": outcome, "execution_count": count}
+
+
+def _outcome(context: Context, outcome: str, execution_count: int | None = None, **more: Any) -> dict[str, Any]:
+    return {"context": context.id, "outcome": outcome, "execution_count": execution_count, **more}
+
+
+def _still_there(context: Context) -> None:
+    if context.removed:
+        raise Refused("not_found", f"context {context.id} was removed")
+
+
+def _discard(workspace: str) -> Task:
+    with contextlib.suppress(FileNotFoundError):  # /tmp is the guest's: it may have removed the copy
+        yield from tree.remove(workspace)

@@ -1,0 +1,237 @@
+"""The agent's end of one session process: its control socket, its two pipes, its death.
+
+All that comes from here was written by user code's own process (H16): kinds are a closed set, sizes are capped by
+wire.Decoder, and a broken frame costs the session its life, nobody else.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import os
+import select
+import signal
+import socket
+import stat
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, cast
+
+from . import wire
+from .loop import Later, Loop, Task
+from .pipes import Output
+from .process import ending
+
+RECV_BYTES = 1 << 16
+MAX_DESCRIPTORS = 4
+REAP_GRACE_S = 0.1
+DONT_WAIT = socket.MSG_DONTWAIT  # not O_NONBLOCK: who sent us a socket may keep a copy and clear the shared flag
+EVENT_TYPES = frozenset({"count", "result", "error"})
+ERROR_CODES = frozenset({"invalid", "not_found", "unsupported", "internal"})
+
+
+class Reply(NamedTuple):
+    """What became of a request: END's `ok`, END's `error`, or neither: the session died of `death`."""
+
+    ok: dict[str, Any] | None = None
+    error: dict[str, Any] | None = None
+    death: dict[str, Any] | None = None
+    control: socket.socket | None = None  # the socket that came with the END, if any
+
+
+class Follower(NamedTuple):
+    """Where a run's output and events go."""
+
+    data: Callable[[int, bytes], None]
+    event: Callable[[dict[str, Any]], None]
+
+
+class Link:
+    def __init__(
+        self, loop: Loop, children: dict[int, Later], pid: int, control: socket.socket, outputs: tuple[int, int]
+    ) -> None:
+        """Owns `control` and `outputs` (the read ends of stdout and stderr), which nobody reads before listen()."""
+        self.pid, self._children, self._loop, self._control = pid, children, loop, control
+        self._exited = children.setdefault(pid, Later(loop))  # resolves to a wait status
+        self.alive, self._deaf = True, False
+        self.follower: Follower | None = None
+        self._outputs = [Output(loop, fd, wire.STDOUT + i, self._data) for i, fd in enumerate(outputs)]
+        self._decoder, self._pending = wire.Decoder(), b""
+        self._number, self._call, self._reason = 0, Later(loop), ""
+        self._call.resolve(None)
+        self._descriptors: list[int] = []
+        loop.reading(control.fileno(), self._readable)
+        loop.start(self._mourn())
+
+    # -- requests
+    def listen(self) -> None:
+        """Not for a twin: its pipes are also those of the session that it is a twin of."""
+        for output in self._outputs:
+            output.start()
+
+    def call(self, request: Mapping[str, Any], follower: Follower | None = None) -> Later:
+        """Resolves to a Reply. One at a time."""
+        self._number, self._call, self.follower = self._number + 1, Later(self._loop), follower
+        if not self.alive:
+            self._died()
+            return self._call
+        self._pending += wire.encode_json(self._number, wire.OPEN, dict(request))
+        self._write()
+        return self._call
+
+    def drain(self) -> Task:
+        """What is in the pipes goes to the follower, who then leaves."""
+        for output in self._outputs:
+            yield from output.drain()
+        self.follower = None
+
+    @property
+    def busy(self) -> bool:
+        return not self._call.done
+
+    def interrupt(self, grace_s: float) -> None:
+        """SIGINT to the session itself; SIGKILL to its group if the request is not answered within grace_s."""
+        if self.busy and not self._exited.done:
+            with contextlib.suppress(ProcessLookupError):  # a woken twin may be reaped by another than us
+                os.kill(self.pid, signal.SIGINT)
+            self._loop.later(grace_s, lambda call=self._call: self._lose_patience(call, grace_s))
+
+    def _lose_patience(self, call: Later, grace_s: float) -> None:
+        if call.done or not self.alive:
+            return
+        if self._loop.full:  # we, not the session, are the slow one: its END may be waiting in the socket
+            self._loop.later(grace_s, lambda: self._lose_patience(call, grace_s))
+        else:
+            self.kill("killed after cancel")
+
+    def kill(self, reason: str) -> None:
+        if self.alive and not self._exited.done:  # reaped means that its pid may be another's
+            self._reason = self._reason or reason
+            _kill_group(self.pid)
+
+    def duplicate_outputs(self) -> tuple[int, int]:
+        """The same pipes for a twin of the session, which writes to them too once it is woken."""
+        out, err = (os.dup(o.fd) for o in self._outputs)
+        return out, err
+
+    # -- what arrives
+    def _data(self, channel: int, data: bytes) -> None:
+        if self.follower:  # else a thread or orphan of an earlier run: nobody's output
+            self.follower.data(channel, data)
+
+    def _readable(self) -> None:
+        try:
+            data = self._receive()
+            for frame in self._decoder.feed(data):
+                self._accept(frame)
+        except BlockingIOError:
+            return
+        except ConnectionResetError:
+            data = b""
+        except wire.BadFrame as e:
+            self._hang_up(f"broke the protocol: {e}")
+            return
+        if not data:
+            self._hang_up("")
+
+    def _receive(self) -> bytes:
+        room = socket.CMSG_SPACE(MAX_DESCRIPTORS * array.array("i").itemsize)
+        data, ancillary, _, _ = self._control.recvmsg(RECV_BYTES, room, DONT_WAIT | socket.MSG_CMSG_CLOEXEC)
+        for level, kind, payload in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                fds = array.array("i")
+                fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
+                self._descriptors += fds
+        if len(self._descriptors) > MAX_DESCRIPTORS:
+            raise wire.BadFrame("sends descriptors that nobody asked for")
+        return data
+
+    def _accept(self, frame: wire.Frame) -> None:
+        if frame.stream != self._number or self._call.done or frame.kind not in (wire.EVENT, wire.END):
+            raise wire.BadFrame(f"kind {frame.kind} on stream {frame.stream} is out of place")
+        value = frame.json()
+        if frame.kind == wire.EVENT:
+            if value.get("type") not in EVENT_TYPES or self.follower is None:
+                raise wire.BadFrame("an event of an unknown type")
+            self.follower.event(value)
+        else:
+            self._call.resolve(self._reply(value))
+
+    def _reply(self, value: dict[str, Any]) -> Reply:
+        ok: Any = value.get("ok")
+        error: Any = value.get("error")
+        control = self._socket()
+        if isinstance(ok, dict):
+            return Reply(ok=ok, control=control)
+        if isinstance(error, dict):
+            code, message = cast(dict[str, Any], error).get("code"), cast(dict[str, Any], error).get("message")
+            if code in ERROR_CODES and isinstance(message, str):
+                return Reply(error={"code": code, "message": message})
+        raise wire.BadFrame("an END that is neither ok nor error")
+
+    def _socket(self) -> socket.socket | None:
+        """What came with the END of a checkpoint or wake; with the END of a run nothing is wanted."""
+        received, self._descriptors = self._descriptors, []
+        wanted = received[:1] if self.follower is None else []
+        for fd in received[len(wanted) :]:
+            os.close(fd)
+        if not wanted:
+            return None
+        if not stat.S_ISSOCK(os.fstat(wanted[0]).st_mode):
+            os.close(wanted[0])
+            raise wire.BadFrame("sent a descriptor that is no socket")
+        return socket.socket(fileno=wanted[0])
+
+    def _write(self) -> None:
+        try:
+            while self._pending:
+                self._pending = self._pending[self._control.send(self._pending[: wire.CHUNK_BYTES], DONT_WAIT) :]
+        except BlockingIOError:
+            self._loop.writing(self._control.fileno(), self._write)
+            return
+        except (BrokenPipeError, ConnectionResetError):
+            self._pending = b""  # its death is noticed by reading
+        if self.alive:
+            self._loop.writing(self._control.fileno(), None)
+
+    # -- death
+    def _hang_up(self, reason: str) -> None:
+        self._deaf = True
+        self._loop.forget(self._control.fileno())
+        self.kill(reason)
+        # A woken twin may be no child of ours: then nothing more will be heard of it.
+        self._loop.later(REAP_GRACE_S, self._died)
+
+    def _mourn(self) -> Task:
+        yield self._exited
+        while self.alive and not self._deaf and self._readable_now():
+            self._readable()  # an END that it sent before it died still counts
+        self._died()
+
+    def _readable_now(self) -> bool:
+        return bool(select.select([self._control], [], [], 0)[0])
+
+    def _died(self) -> None:
+        """The outputs stay open for drain(), until close()."""
+        if self.alive:
+            self.alive = False
+            self._loop.forget(self._control.fileno())
+            self._control.close()
+            for fd in self._descriptors:
+                os.close(fd)
+            if self._children.get(self.pid) is self._exited:
+                del self._children[self.pid]
+        status = ending(self._exited.value) if self._exited.done else {"exit_code": None, "signal": None}
+        self._call.resolve(Reply(death={**status, **({"reason": self._reason} if self._reason else {})}))
+
+    def close(self) -> None:
+        self.kill("closed")
+        self._died()
+        for output in self._outputs:
+            output.close()
+
+
+def _kill_group(pid: int) -> None:
+    """setsid() made the session the leader of its group; a twin leads its own."""
+    for kill in (os.killpg, os.kill):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            kill(pid, signal.SIGKILL)

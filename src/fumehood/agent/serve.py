@@ -1,0 +1,240 @@
+"""The agent: PID 1 of the sandbox. Answers the verbs of docs/wire.md until the host closes the channel."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import contextlib
+import fcntl
+import os
+import platform
+import signal
+import socket
+import struct
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from . import child, files, wire
+from .contexts import Contexts
+from .loop import Later, Loop, Refused, Stream
+from .process import Processes
+from .session import languages
+from .watch import Watch
+
+VERSION = "0.1.0"
+HOME = "/home/user"
+DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+RNDADDENTROPY = 0x40085203
+MAX_ENTROPY_BYTES = 512
+_ABSENT: Any = object()
+
+
+def serve(
+    channel: socket.socket,
+    *,
+    home: str = HOME,
+    confine: Callable[[], None],
+    prestart: Sequence[str] = (),
+) -> None:
+    """Returns when the host closes the channel. Raises wire.BadFrame when the host breaks the protocol.
+
+    `confine` runs in every child as the last step before what the caller controls. `prestart` names the languages whose
+    default context is forked before HELLO is sent.
+    """
+    child.settle_as_init()
+    agent = Agent(channel, home, confine)
+    for language in prestart:
+        agent.contexts.awake(agent.contexts.default(language))
+    try:
+        agent.run()
+    finally:  # a PID 1 that ends takes all with it; an agent that is not PID 1 has to do so itself
+        agent.processes.kill_all()
+        agent.contexts.kill_all()
+
+
+class Args:
+    """The arguments of an OPEN, checked one by one. Raises Refused("invalid")."""
+
+    def __init__(self, value: dict[str, Any], home: str) -> None:
+        self._value, self._home = value, home
+
+    def get(self, name: str, kind: type, default: Any = _ABSENT) -> Any:
+        value = self._value.get(name, default)
+        if value is _ABSENT:
+            raise Refused("invalid", f"{self._value.get('verb')} needs {name!r}")
+        if value is not default and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)):
+            raise Refused("invalid", f"{name!r} must be of type {kind.__name__}, not {value!r:.40}")
+        return value
+
+    def path(self, name: str, default: Any = _ABSENT) -> str:
+        return files.resolve(self.get(name, str, default), self._home)
+
+    def env(self) -> dict[str, str]:
+        env = self.get("env", dict, {})
+        if any(not isinstance(part, str) or "\0" in part for pair in env.items() for part in pair):
+            raise Refused("invalid", "'env' must map strings to strings, without NUL")
+        if any("=" in name or not name for name in env):
+            raise Refused("invalid", "a name in 'env' is empty or has a '=' in it")
+        return env
+
+    def argv(self) -> list[str]:
+        argv = self.get("argv", list)
+        if not argv or any(not isinstance(word, str) for word in argv):
+            raise Refused("invalid", "'argv' must be a list of strings, at least one")
+        return argv
+
+    def size(self) -> tuple[int, int]:
+        rows, cols = self.get("rows", int), self.get("cols", int)
+        if not (0 < rows < 1 << 16 and 0 < cols < 1 << 16):
+            raise Refused("invalid", "'rows' and 'cols' must be from 1 to 65535")
+        return rows, cols
+
+    def pty(self) -> tuple[int, int] | None:
+        size = self.get("pty", dict, None)
+        return None if size is None else Args({"verb": "pty", **size}, self._home).size()
+
+    def natural(self, name: str, default: Any) -> int | None:
+        value = self.get(name, int, default)
+        if value is not None and not 0 <= value < 1 << 63:
+            raise Refused("invalid", f"{name!r} must not be negative")
+        return value
+
+
+class Agent:
+    def __init__(self, channel: socket.socket, home: str, confine: Callable[[], None]) -> None:
+        self._home, self._bound = home, dict[str, str]()
+        self._children: dict[int, Later] = {}
+        self.loop = Loop(channel, self._open)
+        self.processes = Processes(self.loop, home, confine, self._children)
+        self.contexts = Contexts(self.loop, home, confine, self._children)
+        self._base_env = {
+            "PATH": os.environ.get("PATH", DEFAULT_PATH),
+            "HOME": home,
+            "USER": "user",
+            "LOGNAME": "user",
+            "LANG": "C.UTF-8",
+        }
+        self._verbs: dict[str, Callable[[Stream, Args], None]] = {
+            "bind": self._bind,
+            "ping": lambda s, a: s.end({}),
+            "exec.start": self._exec_start,
+            "exec.attach": lambda s, a: self.processes.attach(s, a.get("pid", int)),
+            "exec.write": lambda s, a: self.processes.write(s, a.get("pid", int)),
+            "exec.eof": lambda s, a: s.end(_done(self.processes.eof(a.get("pid", int)))),
+            "exec.signal": self._exec_signal,
+            "exec.resize": lambda s, a: s.end(_done(self.processes.resize(a.get("pid", int), *a.size()))),
+            "exec.list": lambda s, a: s.end({"processes": self.processes.list()}),
+            "context.create": self._context_create,
+            "context.list": lambda s, a: s.end({"contexts": self.contexts.list()}),
+            "context.run": self._context_run,
+            "context.interrupt": lambda s, a: s.end(_done(self.contexts.interrupt(self._context(a)))),
+            "context.restart": lambda s, a: s.end(_done(self.contexts.restart(self._context(a)))),
+            "context.remove": lambda s, a: s.end(_done(self.contexts.remove(self._context(a)))),
+            "context.checkpoint": lambda s, a: self.contexts.checkpoint(s, self._context(a)),
+            "context.rollback": lambda s, a: self.contexts.rollback(s, self._context(a), a.get("checkpoint", str)),
+            "files.stat": lambda s, a: s.end({"entry": files.entry(a.path("path"))}),
+            "files.list": lambda s, a: s.task(files.listing(s, a.path("path"), a.natural("depth", 1) or 1)),
+            "files.mkdir": lambda s, a: s.end({"entry": files.mkdir(a.path("path"))}),
+            "files.remove": lambda s, a: s.task(files.remove(s, a.path("path"), home)),
+            "files.move": lambda s, a: s.task(files.move(s, a.path("source"), a.path("destination"))),
+            "files.read": lambda s, a: s.task(
+                files.read(s, a.path("path"), a.natural("offset", 0) or 0, a.natural("length", None))
+            ),
+            "files.write": lambda s, a: _started(files.Upload(s, a.path("path"), a.natural("mode", None))),
+            "files.watch": lambda s, a: _started(Watch(self.loop, s, a.path("path"), a.get("recursive", bool, False))),
+        }
+
+    def run(self) -> None:
+        hello = {"generation": wire.GENERATION, "agent": VERSION, "python": platform.python_version()}
+        self.loop.send(wire.encode_json(0, wire.HELLO, {**hello, "languages": languages()}))
+        with _child_signal() as wakeup:
+            self.loop.reading(wakeup.fileno(), lambda: self._reap(wakeup), producer=False)
+            self._reap(wakeup)  # those that ended before the handler was there
+            self.loop.run()
+
+    def _open(self, stream: Stream, value: dict[str, Any]) -> None:
+        verb = self._verbs.get(str(value.get("verb")))
+        if verb is None:
+            raise Refused("unsupported", f"no verb {value.get('verb')!r:.40} in generation {wire.GENERATION}")
+        verb(stream, Args(value, self._home))
+
+    def _reap(self, wakeup: socket.socket) -> None:
+        """All that have ended: our children, and the orphans that the kernel gave to PID 1."""
+        with contextlib.suppress(BlockingIOError):
+            wakeup.recv(4096)
+        with contextlib.suppress(ChildProcessError):
+            while True:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+                if pid == 0:
+                    return
+                if (exited := self._children.pop(pid, None)) is not None:
+                    exited.resolve(status)
+
+    # -- verbs with more than one line
+    def _bind(self, stream: Stream, args: Args) -> None:
+        self._bound.update(args.env())
+        clock_s, entropy = args.get("clock_s", float, None), args.get("entropy", str, "")
+        if clock_s is not None:
+            time.clock_settime(time.CLOCK_REALTIME, clock_s)
+        if entropy:
+            _reseed(entropy)
+        stream.end({})
+
+    def _exec_start(self, stream: Stream, args: Args) -> None:
+        env = {**self._base_env, **self._bound, **args.env()}
+        cwd, stdin, tag = args.path("cwd", ""), args.get("stdin", bool, False), args.get("tag", str, None)
+        self.processes.start(stream, args.argv(), env, cwd, stdin, args.pty(), tag)
+
+    def _exec_signal(self, stream: Stream, args: Args) -> None:
+        self.processes.signal(args.get("pid", int), args.get("signal", int), args.get("group", bool, False))
+        stream.end({})
+
+    def _context(self, args: Args) -> Any:
+        return self.contexts.find(args.get("id", str))
+
+    def _context_create(self, stream: Stream, args: Args) -> None:
+        context = self.contexts.create(args.get("language", str), args.path("cwd", ""), args.get("id", str, None))
+        stream.end(context.describe())
+
+    def _context_run(self, stream: Stream, args: Args) -> None:
+        id, language = args.get("id", str, None), args.get("language", str, "python")
+        context = self.contexts.find(id) if id is not None else self.contexts.default(language)
+        self.contexts.run(stream, context, args.get("code", str), {**self._bound, **args.env()})
+
+
+def _done(_: None) -> dict[str, Any]:
+    return {}
+
+
+def _started(_: object) -> None:
+    return None
+
+
+@contextlib.contextmanager
+def _child_signal() -> Any:
+    """A socket that is readable when a child has ended. Not signalfd: the mask would be inherited through execve."""
+    mine, pythons = socket.socketpair()
+    mine.setblocking(False)
+    pythons.setblocking(False)
+    signal.signal(signal.SIGCHLD, lambda number, frame: None)
+    signal.set_wakeup_fd(pythons.fileno(), warn_on_full_buffer=False)
+    try:
+        yield mine
+    finally:
+        signal.set_wakeup_fd(-1)
+        mine.close()
+        pythons.close()
+
+
+def _reseed(entropy: str) -> None:
+    """H20: clones of one snapshot must not draw the same numbers. Needs CAP_SYS_ADMIN, which the agent has in a microVM
+    only; elsewhere the host's kernel is the one that is random."""
+    try:
+        seed = base64.b64decode(entropy, validate=True)
+    except binascii.Error as e:
+        raise Refused("invalid", f"'entropy' is not base64: {e}") from None
+    if len(seed) > MAX_ENTROPY_BYTES:
+        raise Refused("invalid", f"'entropy' is over {MAX_ENTROPY_BYTES} bytes")
+    with open("/dev/urandom", "wb", buffering=0) as device:
+        fcntl.ioctl(device, RNDADDENTROPY, struct.pack("ii", 8 * len(seed), len(seed)) + seed)
