@@ -29,7 +29,7 @@ ROOMS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "pool": ((*NOUNS, "runtime.base"), "the pool plans; a Runtime is handed to it"),
     "outcome": ((*NOUNS, "runtime.base"), "what a run came to is decided from facts alone"),
     "execution": ((*NOUNS, "outcome", "agent.wire", "runtime.link"), "one execution is followed over a link, on any tier"),
-    "runtime": ((*NOUNS, "config", "runtime.base", "runtime.link", "agent"), "a tier knows the contract and the agent, nothing above"),
+    "runtime": ((*NOUNS, "config", "runtime.base", "runtime.link", "agent"), "a tier knows contract and agent, nothing above"),
     "runtime.native": (
         (*NOUNS, "config", "runtime.base", "runtime.link", "runtime.native", "agent"),
         "tiers never import each other: one must be removable without the others noticing",
