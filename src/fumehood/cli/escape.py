@@ -63,7 +63,9 @@ def verdict(attempt: Attempt, result: Result, host: hosts.Host, seen: list[str])
     breaches = [line for line in lines if line.startswith("BREACH")] + seen
     if attempt.ends and result.status in attempt.ends and not seen:
         breaches = []  # the host ended it before it could finish; what it printed of its success is not one
-    proven = result.status in attempt.ends or any(line.startswith("HELD") for line in lines)
+    # A probe that failed half-way has not tried all that it says; its first words are no proof.
+    finished = result.status == "ok" and any(line.startswith("HELD") for line in lines)
+    proven = finished or result.status in attempt.ends
     outcome = "BREACH" if breaches else "contained" if proven else "unproven"
     evidence = tuple(breaches or lines) or (result.cause, (result.error.traceback if result.error else result.stderr)[-400:])
     return Verdict(attempt.name, attempt.hazard, outcome, _by(attempt, result, lines), result.status, evidence)
@@ -140,6 +142,8 @@ def _by(attempt: Attempt, result: Result, lines: list[str]) -> str:
         return "seccomp EPERM, counted: " + ", ".join(f"{s.name} x{s.count}" for s in result.refused_syscalls)
     if result.status in attempt.ends:
         return f"{attempt.barrier} (status {result.status})"
+    if attempt.check in ("download", "copy_out"):
+        return f"{attempt.barrier} (the host looked)"
     first = next((line.removeprefix("HELD ") for line in lines if line.startswith("HELD")), "")
     return f"{attempt.barrier} ({first[:60]})" if first else attempt.barrier
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import signal
 import sys
 from collections.abc import Coroutine
@@ -36,9 +37,20 @@ def exit_code(result: Result) -> int:
     """The program's own code for ok and error; a signal n that killed it is 128 + n, as in a shell."""
     if result.status in _BY_STATUS:
         return _BY_STATUS[result.status]
+    if result.exit_code is None and (left := left_with(result)) is not None:
+        return left
     if result.exit_code is None:
         return 0 if result.ok else 1
     return 128 - result.exit_code if result.exit_code < 0 else result.exit_code & 0xFF
+
+
+def left_with(result: Result) -> int | None:
+    """The code that the program itself asked to leave with: sys.exit(n) in Python, exit n in bash. Else None."""
+    if result.error is None or result.error.name not in ("SystemExit", "ExitStatus"):
+        return None
+    if result.error.value in ("", "None"):
+        return 0
+    return int(result.error.value) & 0xFF if re.fullmatch(r"-?\d{1,9}", result.error.value, re.ASCII) else 1
 
 
 def failure_code(error: FumehoodError) -> int:

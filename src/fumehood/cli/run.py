@@ -63,7 +63,8 @@ def run(
     """Run a program in a new sandbox."""
 
     async def work() -> int:
-        limits = _limits(timeout_s=timeout, memory_bytes=memory, cpus=cpus, pids=pids, disk_bytes=disk)
+        lifetime = timeout + 60 if timeout and timeout > 240 else None  # the default lifetime would end it first
+        limits = _limits(timeout_s=timeout, lifetime_s=lifetime, memory_bytes=memory, cpus=cpus, pids=pids, disk_bytes=disk)
         sandbox = {"policy": policy, "template": template, "limits": limits, "env": _pairs(env or []), "tier": tier}
         text, by_suffix = _program(file, code)
         return await _run(Job(text, language or by_suffix, sandbox, timeout, copy_in or [], copy_out, as_json))
@@ -109,7 +110,7 @@ def _write(stream: Any, text: str) -> None:
 def _show(result: Result) -> None:
     if result.text is not None:
         _write(sys.stdout, result.text + "\n")
-    if result.error:
+    if result.error and exits.left_with(result) is None:
         _write(sys.stderr, result.error.traceback.rstrip() + "\n")
     if result.status not in ("ok", "error"):
         exits.complain(f"the program ended as {result.status}", result.cause, _ADVICE.get(result.status, ""))

@@ -18,7 +18,8 @@ def host_secrets() -> None:
     unreadable("/etc/shadow", "/etc/gshadow", "/root/.ssh/id_rsa", "/root/.ssh/id_ed25519", "/root/.bash_history",
                "/root/.aws/credentials", "/var/run/docker.sock", "/run/secrets", HOST["canary_file"])  # fmt: skip
     for found in glob.glob("/home/*/.ssh/*") + glob.glob("/root/.*") + glob.glob("/proc/[0-9]*/root/root/.*"):
-        breach(found)
+        interpreter = re.sub(r"^/proc/\d+/root", "", found) in sys.base_prefix  # the runtime itself is shown, read-only
+        (held if interpreter else breach)(found)
 
 
 def inherited_descriptors() -> None:
@@ -150,12 +151,12 @@ def plant_startup_code() -> None:
 
 
 def started_before_the_filter() -> None:
-    # Planted code may run as the user's own; it must not run as pid 1, as another uid, or before the last step (H8).
-    try:
-        with open("/home/user/ran") as f:
-            lines = f.read().split("\n")[:-1]
-    except FileNotFoundError:
-        return held("the planted code never ran")
+    # Planted code may run in the user's own programs; never as pid 1, another uid, or before the filter (H8).
+    import subprocess
+
+    subprocess.run([sys.executable, "-c", ""], env={"PYTHONPATH": "/home/user", "HOME": "/home/user"}, check=False)
+    with open("/home/user/ran") as f:
+        lines = f.read().split("\n")[:-1]
     for line in lines:
         pid, uid, seccomp = line.split()
         good = pid != "1" and int(uid) == os.getuid() and seccomp == "2"
@@ -190,7 +191,8 @@ def make_devices() -> None:
 
 
 def kernel_memory() -> None:
-    unreadable("/proc/kcore", "/proc/kmsg", "/proc/vmcore", "/proc/keys", "/proc/timer_list", "/proc/sched_debug")
+    unreadable("/proc/kcore", "/proc/kmsg", "/proc/vmcore", "/proc/keys", "/proc/timer_list", "/proc/sched_debug",
+               "/proc/cmdline", "/proc/modules", "/proc/partitions", "/proc/config.gz", "/proc/iomem")  # fmt: skip
     try:
         with open("/proc/kallsyms") as f:
             addresses = {line.split()[0].strip("0") for line in f}

@@ -79,7 +79,7 @@ def denied(what: str, act: Callable[..., Any], *args: Any, also: tuple[str, ...]
 
 
 def unreadable(*paths: str) -> None:
-    """No path may be opened for reading; whatever can be read is printed, so that the host may look for its secrets."""
+    """No path may give a byte; whatever can be read is printed, so that the host may look for its secrets."""
     for path in paths:
         try:
             with open(path, "rb") as f:
@@ -87,7 +87,7 @@ def unreadable(*paths: str) -> None:
         except OSError as e:
             held(f"{path}: {errno.errorcode.get(e.errno or 0)}")
         else:
-            breach(f"{path}: {len(data)} bytes")
+            (breach if data else held)(f"{path}: {len(data)} bytes")  # none: /dev/null is bound over it
 
 
 def child(act: Callable[[], Any], seconds: float = 5.0) -> str:
