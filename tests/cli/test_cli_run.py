@@ -71,6 +71,7 @@ def test_json_carries_a_failure_of_our_own_too(fumehood: Run) -> None:
         ["run", "-c", "1", "--memory", "1"],
         ["run", "-c", "1", "--env", "novalue"],
         ["run", "-c", "1", "--in", "no-such-file"],
+        ["run", "-c", "1", "--out", "/dev/null/x"],
         ["run", "-c", "1", "--policy", "no-such-preset"],
     ],
 )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 from importlib.resources import files as package_files
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,13 +15,35 @@ from fumehood.cli import exits, files
 from fumehood.errors import InvalidInput
 from fumehood.model import Result
 
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
 app = typer.Typer(help="Show what a sandbox is for.", invoke_without_command=True)
 DATA_SET = "seattle-weather.csv"
+
+
+def _bounded(result: Result) -> bool:
+    return result.status == "pids_limit"
+
+
+def _got_nothing(result: Result) -> bool:
+    refused = bool(result.connections) and not any(c.allowed for c in result.connections)
+    return "0 secrets found" in result.stdout and refused
+
+
+def _refused_and_bounded(result: Result) -> bool:
+    counted = {s.name for s in result.refused_syscalls}
+    return result.status == "oom" and {"ptrace", "mount", "unshare"} <= counted and "it worked!" not in result.stdout
+
+
+# name, program, how the host tells that it was contained
 _HOSTILE = (
-    ("fork bomb", "fork_bomb.py"),
-    ("read secrets, connect out", "steal.py"),
-    ("trace, mount, unshare, then hog memory", "break_out.py"),
+    ("fork bomb", "fork_bomb.py", _bounded),
+    ("read secrets, connect out", "steal.py", _got_nothing),
+    ("trace, mount, unshare, then hog memory", "break_out.py", _refused_and_bounded),
 )
+_Outcomes = list[tuple[str, Result, bool]]  # name, result, contained
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one object and nothing else.")]
 TierOption = Annotated[str, typer.Option(help="auto, native, oci or microvm.")]
 
@@ -47,18 +70,21 @@ def escape(as_json: JsonFlag = False, tier: TierOption = "auto") -> None:
 
 async def _demo(as_json: bool, out: Path, tier: str) -> int:
     analysis, copied = await _analyse(out, tier)
-    hostile = [(name, await _hostile(program, tier)) for name, program in _HOSTILE]
-    contained = all(_contained(result) for _, result in hostile)
+    hostile: _Outcomes = []
+    for name, program, contained in _HOSTILE:
+        result = await _hostile(program, tier)
+        hostile.append((name, result, contained(result)))
     if as_json:
         exits.print_json(_object(analysis, copied, hostile))
     else:
         _show(analysis, copied, hostile)
-    return 0 if analysis.ok and contained else 1
+    return 0 if analysis.ok and all(contained for *_, contained in hostile) else 1
 
 
 async def _analyse(out: Path, tier: str) -> tuple[Result, list[str]]:
     from fumehood.client.sandbox import AsyncSandbox
 
+    files.prepare(out)
     async with AsyncSandbox(tier=tier) as box:
         await box.files.upload(_data_set(), f"{files.HOME}/{DATA_SET}")
         result = await box.run(_program("analysis.py"))
@@ -69,7 +95,7 @@ async def _analyse(out: Path, tier: str) -> tuple[Result, list[str]]:
 
 
 def _names(folder: Path) -> list[str]:
-    return sorted(str(p) for p in folder.iterdir()) if folder.exists() else []
+    return sorted(str(p) for p in folder.iterdir())
 
 
 async def _hostile(program: str, tier: str) -> Result:
@@ -77,11 +103,6 @@ async def _hostile(program: str, tier: str) -> Result:
 
     async with AsyncSandbox(tier=tier, limits={"timeout_s": 10}) as box:
         return await box.run(_program(program))
-
-
-def _contained(result: Result) -> bool:
-    got_through = ("it worked!", "sent to", "root:$")
-    return not any(word in result.stdout for word in got_through)
 
 
 def _program(name: str) -> str:
@@ -101,29 +122,56 @@ def _data_set() -> Path:
     )
 
 
-def _object(analysis: Result, copied: list[str], hostile: list[tuple[str, Result]]) -> dict[str, Any]:
+def _object(analysis: Result, copied: list[str], hostile: _Outcomes) -> dict[str, Any]:
     return {
         "analysis": dataclasses.asdict(analysis),
         "files": copied,
-        "hostile": [{"name": n, "contained": _contained(r), "result": dataclasses.asdict(r)} for n, r in hostile],
+        "hostile": [{"name": n, "contained": c, "result": dataclasses.asdict(r)} for n, r, c in hostile],
     }
 
 
-def _show(analysis: Result, copied: list[str], hostile: list[tuple[str, Result]]) -> None:
+def _show(analysis: Result, copied: list[str], hostile: _Outcomes) -> None:
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
     console = Console()
     console.rule("an analysis, as a model would write it")
-    console.print(Text(analysis.stdout + (analysis.text or "") + (analysis.error.traceback if analysis.error else "")))
-    usage = analysis.usage
-    console.print(f"{analysis.status}, {usage.cpu_s:.2f} s of CPU, {usage.peak_memory_bytes >> 20} MiB; copied out: {copied}")
+    _show_analysis(console, analysis, copied)
     console.rule("three hostile programs")
-    table = Table("program", "status", "cause", "refused", "connections", "its own words")
-    for name, result in hostile:
+    console.print(_hostile_table(hostile))
+    for name, result, _ in hostile:
+        if words := result.stdout.strip():
+            console.print(Text(f"{name} said:", "bold"), Text(words, "dim"), sep="\n")
+
+
+def _show_analysis(console: Console, result: Result, copied: list[str]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    console.print(Text(result.stdout.strip() + (result.error.traceback if result.error else "")))
+    for path in copied:
+        if path.endswith(".csv"):
+            with Path(path).open(newline="", encoding="utf-8", errors="replace") as file:
+                header, *rows = csv.reader(file)
+            table = Table(title=path)
+            for cell in header:
+                table.add_column(Text(cell), justify="right")  # Text, not markup: guest output may hold [tags]
+            for row in rows:
+                table.add_row(*(Text(cell) for cell in row))
+            console.print(table)
+    usage = result.usage
+    console.print(f"{result.status}: {usage.cpu_s:.2f} s of CPU, at most {usage.peak_memory_bytes >> 20} MiB")
+    console.print("copied out:", ", ".join(copied))
+
+
+def _hostile_table(hostile: _Outcomes) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("program", "outcome", "status", "cause", "refused and counted", "connections tried")
+    for name, result, contained in hostile:
+        outcome = Text("contained", "green") if contained else Text("NOT CONTAINED", "bold red")
         refused = ", ".join(f"{s.name} x{s.count}" for s in result.refused_syscalls)
         tried = ", ".join(f"{c.address}:{c.port}" for c in result.connections)
-        status = Text(result.status, "green" if _contained(result) else "bold red")
-        table.add_row(name, status, result.cause, refused, tried, Text(result.stdout.strip()))
-    console.print(table)
+        table.add_row(name, outcome, result.status, result.cause, refused, tried)
+    return table

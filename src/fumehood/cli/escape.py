@@ -112,9 +112,10 @@ def _lines_of(path: str) -> set[bytes]:
 async def _copy_out(box: AsyncSandbox, host: hosts.Host) -> list[str]:
     """Names and kinds that a host must not follow: copied out by the same code as `run --out`, then looked at."""
     out = host.folder / "out"
+    files.prepare(out)
     names = ("pipe", "sparse", "new\nline\x1b[2J", "not-utf8-\udcff", ".envrc", "../../etc/passwd", "../user/x")
     await asyncio.wait_for(files.copy_out(box, [f"{files.HOME}/{n}" for n in names], out), 20)
-    copied = list(out.rglob("*")) if out.exists() else []
+    copied = list(out.rglob("*"))
     odd = [p for p in copied if not p.is_file() or p.is_symlink() or p.name.startswith(".") or not p.name.isprintable()]
     return [f"written outside: {p!r}" for p in odd] + [f"{p!r} is huge" for p in copied if p.stat().st_size > 1 << 20]
 

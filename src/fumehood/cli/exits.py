@@ -6,6 +6,7 @@ import asyncio
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Coroutine
 from contextlib import suppress
 from typing import Any
@@ -76,6 +77,9 @@ def drive(work: Coroutine[Any, Any, int], *, as_json: bool = False) -> None:
         complain(error.message, error.cause, error.remediation)
     except KeyboardInterrupt:
         code = INTERRUPTED
+    except Exception:  # a bug of ours: shown whole, but its code is not mistaken for the program's
+        traceback.print_exc()
+        code = FAILED
     raise typer.Exit(code)
 
 

@@ -108,9 +108,18 @@ def _clean(part: str) -> str:
     return text
 
 
+def prepare(out: Path) -> None:
+    """Make the directory before the program runs. Raises InvalidInput: an hour's results must not be lost for a typo."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InvalidInput(f"can't make the directory {out}", cause=str(e), remediation="name one you may write") from None
+    if not os.access(out, os.W_OK | os.X_OK):
+        raise InvalidInput(f"can't write into {out}", remediation="name a directory you may write")
+
+
 def write_plain(out: Path, parts: tuple[str, ...], data: bytes) -> None:
     """Write a plain file, mode 0644, under `out`; below `out` no link is followed and nothing is opened that exists."""
-    out.mkdir(parents=True, exist_ok=True)
     folder = os.open(out, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)  # `out` is the user's own word: may be a link
     try:
         for part in parts[:-1]:

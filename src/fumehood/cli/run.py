@@ -75,6 +75,8 @@ def run(
 async def _run(job: Job) -> int:
     from fumehood.client.sandbox import AsyncSandbox
 
+    if job.copy_out:
+        files.prepare(job.copy_out)
     async with AsyncSandbox(**job.sandbox) as box:
         for path in job.copy_in:
             files.report(await files.copy_in(box, path))
