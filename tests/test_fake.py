@@ -23,6 +23,7 @@ from fumehood.runtime.native import cgroup_layout, protections
 
 pytestmark = pytest.mark.rootless
 WAIT_S = 20.0
+LINKS: list[Link] = []  # of the running test, for its end
 
 
 @pytest.fixture
@@ -30,11 +31,14 @@ async def runtime(tmp_path: Path) -> AsyncIterator[FakeRuntime]:
     runtime = FakeRuntime(Config(state_dir=tmp_path, run_dir=tmp_path))
     yield runtime
     await asyncio.wait_for(runtime.aclose(), WAIT_S)
+    while LINKS:
+        await LINKS.pop().aclose()
 
 
 async def start(runtime: FakeRuntime, name: str = "abcd") -> tuple[FakeHandle, Link]:
     handle = await runtime.start(SandboxSpec(), name, lambda event: None)
     link = Link(*await handle.connect())
+    LINKS.append(link)
     await link.start(WAIT_S)
     return handle, link
 
@@ -58,7 +62,6 @@ async def test_the_real_agent_runs_code_and_keeps_files_in_a_home_of_its_own(run
     assert (await run(link, "open('made.txt', 'w').write('x' * 7)"))["outcome"] == "ok"
     assert (Path(handle.home) / "made.txt").read_text() == "x" * 7
     assert (await link.call("files.stat", path="made.txt"))["entry"]["size"] == 7
-    await link.aclose()
 
 
 async def test_it_says_that_nothing_is_enforced_by_the_same_names_as_the_native_tier_h13(runtime):
