@@ -13,7 +13,7 @@ import signal
 import socket
 from typing import NoReturn
 
-from fumehood.runtime.native import recipe
+from fumehood.runtime.native import heap, recipe
 from fumehood.runtime.native import syscalls as sc
 from fumehood.runtime.native.builder import map_self, read_order
 
@@ -30,6 +30,7 @@ def main(control_fd: int) -> NoReturn:
     os.chdir("/")
     executor.preload(tuple(order["template"]["preload"]))
     recipe.preload()
+    heap.move_to_memfd()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps: the supervisor watches each sandbox by pidfd
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is for the caller to handle
     control.send(json.dumps({"ready": os.getpid()}).encode())
@@ -37,13 +38,13 @@ def main(control_fd: int) -> NoReturn:
         request, fds, _flags, _address = socket.recv_fds(control, 64, 2)
         if not request:
             os._exit(0)
-        _spawn(control, *fds, rootless=order["uid"] is None)
+        _spawn(control, *fds, rootless=order["uid"] is None, flags=recipe.NAMESPACES & ~order["keep"])
 
 
-def _spawn(control: socket.socket, channel_fd: int, announce_fd: int, *, rootless: bool) -> None:
+def _spawn(control: socket.socket, channel_fd: int, announce_fd: int, *, rootless: bool, flags: int) -> None:
     """Answers only when clone() failed: a child that lives reports on its own channel."""
     try:
-        pid = sc.clone(recipe.NAMESPACES)
+        pid = sc.clone(flags)
     except OSError as e:
         control.send(json.dumps({"failed": f"clone: {e}"}).encode())
     else:
