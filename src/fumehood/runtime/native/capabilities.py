@@ -9,7 +9,7 @@ import struct
 from fumehood.runtime.native import syscalls
 
 _VERSION_3 = 0x20080522
-_PR_CAPBSET_READ, _PR_GET_SECUREBITS, _PR_SET_SECUREBITS, _PR_GET_NO_NEW_PRIVS = 23, 27, 28, 39
+_PR_CAPBSET_READ, _PR_GET_SECUREBITS, _PR_SET_SECUREBITS, PR_GET_NO_NEW_PRIVS = 23, 27, 28, 39
 _PR_CAP_AMBIENT_IS_SET = 1
 # NOROOT, NO_SETUID_FIXUP, KEEP_CAPS off, NO_CAP_AMBIENT_RAISE, and the lock of each: uid 0 means nothing any more.
 _SECUREBITS = 0x01 | 0x02 | 0x04 | 0x08 | 0x20 | 0x40 | 0x80
@@ -44,7 +44,7 @@ def current() -> dict[str, int]:
         "bounding": sum(syscalls.prctl(_PR_CAPBSET_READ, n) << n for n in known),
         "ambient": sum(syscalls.prctl(syscalls.PR_CAP_AMBIENT, _PR_CAP_AMBIENT_IS_SET, n) << n for n in known),
         "securebits": syscalls.prctl(_PR_GET_SECUREBITS),
-        "no_new_privs": syscalls.prctl(_PR_GET_NO_NEW_PRIVS),
+        "no_new_privs": syscalls.prctl(PR_GET_NO_NEW_PRIVS),
     }
 
 
@@ -74,5 +74,5 @@ def drop_all() -> dict[str, int]:
 def no_new_privs() -> None:
     """No execve() grants anything from here on: set-user-id bits and file capabilities are ignored."""
     syscalls.prctl(syscalls.PR_SET_NO_NEW_PRIVS, 1)
-    if syscalls.prctl(_PR_GET_NO_NEW_PRIVS) != 1:
+    if syscalls.prctl(PR_GET_NO_NEW_PRIVS) != 1:
         raise OSError(errno.EPERM, "no_new_privs did not take")

@@ -18,6 +18,8 @@ _ARCH_NAMES = {bpf.ARCH_X86_64: "x86_64", bpf.ARCH_I386: "i386"}
 _SCMP_ARCH_X32 = 0x4000003E
 _UNKNOWN = -1  # __NR_SCMP_ERROR
 _ATTR_OPTIMIZE = 8
+_libc = ctypes.CDLL(None)
+_libc.free.argtypes = [ctypes.c_void_p]
 
 
 class Argument(NamedTuple):
@@ -76,17 +78,9 @@ def name_of(arch: int, number: int) -> tuple[str, str]:
     token = _SCMP_ARCH_X32 if x32 else arch
     signed = ctypes.c_int(number).value
     pointer = library().seccomp_syscall_resolve_num_arch(token, signed) if signed >= 0 else None
-    try:
-        name = ctypes.string_at(pointer).decode() if pointer else "unknown"
-    finally:
-        _free(pointer)
+    name = ctypes.string_at(pointer).decode() if pointer else "unknown"
+    _libc.free(pointer)
     return name, "x32" if x32 else _ARCH_NAMES.get(arch, "unknown")
-
-
-def _free(pointer: int | None) -> None:
-    libc = ctypes.CDLL(None)
-    libc.free.argtypes = [ctypes.c_void_p]
-    libc.free(pointer)
 
 
 @cache

@@ -24,6 +24,7 @@ from fumehood.runtime.native import peek, syscalls
 from fumehood.runtime.native.libseccomp import name_of
 from fumehood.runtime.native.seccomp_install import ANNOUNCEMENT, RENDEZVOUS
 
+REACH_FIX = "grant the supervisor CAP_SYS_PTRACE, or set kernel.yama.ptrace_scope below 3"
 _RECV, _SEND, _ID_VALID = 0xC0502100, 0xC0182101, 0x40082102
 _NOTIFICATION = struct.Struct("=QII64s")  # id, pid, flags, struct seccomp_data
 _ANSWER = struct.Struct("=QqiI")  # id, value, -errno, flags
@@ -67,8 +68,7 @@ def take_listener(pid: int, number: int) -> int | None:
     try:
         fd = peek.copy_descriptor(pid, number)
     except PermissionError as e:
-        fix = "grant the supervisor CAP_SYS_PTRACE, or set kernel.yama.ptrace_scope below 3"
-        raise ProtectionUnavailable("can't fetch the seccomp listener", cause=str(e), remediation=fix) from None
+        raise ProtectionUnavailable("can't fetch the seccomp listener", cause=str(e), remediation=REACH_FIX) from None
     except OSError as e:
         if e.errno == errno.EBADF:
             return None

@@ -58,7 +58,8 @@ def install_with_listener(program: bytes, channel: int) -> None:
     listener = _load_with_listener(program)
     if listener != expected:
         raise OSError(errno.EBUSY, f"the listener is descriptor {listener}, {expected} was announced")
-    syscalls.call(syscalls.SECCOMP, RENDEZVOUS, 0, 0)  # ENOSYS here = the supervisor is gone; never run on without it
+    # With the supervisor gone this waits for ever, killable, as the listener lives on in this process: it never runs on.
+    syscalls.call(syscalls.SECCOMP, RENDEZVOUS, 0, 0)
     with suppress(OSError):  # a profile may refuse close(): the listener's ioctls are refused and it is close-on-exec
         os.close(listener)
 
