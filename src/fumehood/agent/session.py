@@ -1,0 +1,238 @@
+"""One context's process: a loop over requests from the agent, in a child that the agent forked.
+
+Requests are OPEN frames on the control socket; each is answered by EVENTs and one END on its stream.
+run {"code", "env"}; checkpoint {}: a stopped twin of this process, whose control socket rides on the END; and, to a twin,
+wake {}: a live copy of it, whose control socket rides on the END. Both say the new process's {"pid"}. A twin and its
+copies are orphans on purpose, so that they become children of the agent, which is PID 1 or a subreaper: it reaps them.
+Threads, child processes and running asyncio tasks are not in a checkpoint. A closed control socket ends the process.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import sys
+import threading
+import traceback
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn, Protocol, cast
+
+from . import python, shells, wire
+from .streams import open_streams
+
+
+class Executor(Protocol):
+    forkable: bool  # has all its state in this process
+    emit: python.Emit
+
+    @property
+    def execution_count(self) -> int: ...
+    def run(self, code: str, env: Mapping[str, str]) -> dict[str, Any]: ...
+
+
+class Refused(Exception):
+    """A request that can't be done: becomes END {"error": {"code", "message"}}."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def languages() -> list[str]:
+    """What session_main() can run on this system."""
+    return ["python", *(["bash"] if shutil.which("bash") else []), *(["javascript"] if shutil.which("node") else [])]
+
+
+def session_main(control: socket.socket, language: str, cwd: str) -> NoReturn:
+    """Serve `control` until it closes. Exits with 1 and a line on stderr for a bad language, directory or frame."""
+    try:
+        _settle(cwd)
+        Session(control, _executor(language, cwd)).serve()
+    except BaseException as e:
+        os.write(2, f"session: {''.join(traceback.format_exception_only(e))}".encode(errors="replace"))
+    finally:
+        os._exit(1)
+
+
+def _settle(cwd: str) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # until there is a run to interrupt
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    if os.getpgrp() != os.getpid():
+        os.setpgid(0, 0)  # shells.interrupt_group() means this group
+    os.chdir(cwd)
+    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__ = open_streams(1, 2)
+    sys.argv = [""]
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # as in a notebook: modules beside the user's files
+    if (numpy_random := sys.modules.get("numpy.random")) is not None:
+        numpy_random.seed()  # H20: every fork of the zygote would draw the same numbers; `random` reseeds itself
+
+
+def _executor(language: str, cwd: str) -> Executor:
+    if language not in languages():
+        raise ValueError(f"no language {language!r} here: there is {', '.join(languages())}")
+    if language == "bash":
+        return shells.Bash(cwd)
+    return shells.Node(cwd) if language == "javascript" else python.executor()
+
+
+class Session:
+    def __init__(self, control: socket.socket, executor: Executor) -> None:
+        self._executor = executor
+        self._stream = 0
+        self._running = self._sending = self._interrupt_owed = False
+        self._twin = False
+        self._attach(control)
+        executor.emit = self._emit
+
+    def _attach(self, control: socket.socket) -> None:
+        self._control, self._pid = control, os.getpid()
+        self._decoder = wire.Decoder()
+        self._lock = threading.Lock()  # user threads may display; a fork must not inherit a held lock
+
+    def serve(self) -> NoReturn:
+        while data := self._control.recv(wire.CHUNK_BYTES):
+            # One request at a time: the agent queues. After a fork inside, _attach() has made a new decoder.
+            for frame in self._decoder.feed(data):
+                if frame.kind != wire.OPEN:
+                    raise wire.BadFrame(f"a session takes OPEN frames, not kind {frame.kind}")
+                self._answer(frame.stream, frame.json())
+        os._exit(0)
+
+    def _answer(self, stream: int, request: dict[str, Any]) -> None:
+        self._stream = stream
+        try:
+            verbs = {"wake": self._fork} if self._twin else {"run": self._run, "checkpoint": self._fork}
+            verb = verbs.get(cast(str, request.get("verb")))
+            if verb is None:
+                raise Refused("invalid", f"no verb {request.get('verb')!r} here: there is {', '.join(verbs)}")
+            verb(request)
+        except Refused as e:
+            self._end({"error": {"code": e.code, "message": str(e)}})
+
+    def _run(self, request: dict[str, Any]) -> None:
+        code, env = _code_and_env(request)
+        count = self._executor.execution_count
+        self._emit({"type": "count", "execution_count": count})
+        signal.signal(signal.SIGINT, self._on_sigint)  # again for each run: user code may have put its own
+        try:
+            self._running = True
+            outcome = self._executor.run(code, env)
+        except KeyboardInterrupt:
+            self._running = False  # it came before or after the user's code
+            self._emit({"type": "error", "name": "KeyboardInterrupt", "value": "", "traceback": "KeyboardInterrupt"})
+            outcome = {"outcome": "interrupted", "execution_count": count}
+        finally:
+            self._running = False
+        signal.signal(signal.SIGINT, self._on_sigint)
+        _flush()
+        if os.getpid() != self._pid:
+            os._exit(0)  # user code forked and its child came back here: the run has one answer, the parent's
+        self._end({"ok": outcome})
+
+    def _on_sigint(self, _number: int, _frame: object) -> None:
+        if not self._running or os.getpid() != self._pid:
+            return
+        if self._sending:
+            self._interrupt_owed = True
+        else:
+            raise KeyboardInterrupt
+
+    def _emit(self, event: dict[str, Any]) -> None:
+        self._send(wire.encode_json(self._stream, wire.EVENT, event))
+
+    def _end(self, value: dict[str, Any], fds: Sequence[int] = ()) -> None:
+        self._send(wire.encode_json(self._stream, wire.END, value), fds)
+
+    def _send(self, frame: bytes, fds: Sequence[int] = ()) -> None:
+        if os.getpid() != self._pid:
+            return  # a child that user code forked has no say on our stream
+        main = threading.current_thread() is threading.main_thread()
+        if main:
+            self._sending = True  # a KeyboardInterrupt between two bytes of a frame would break the stream
+        try:
+            with self._lock:
+                sent = socket.send_fds(self._control, [frame], fds) if fds else 0
+                self._control.sendall(memoryview(frame)[sent:])
+        except OSError:
+            os._exit(1)  # the agent is gone, or user code closed the socket: nobody is left to tell
+        finally:
+            if main:
+                self._sending = False
+        if main and self._interrupt_owed:
+            self._interrupt_owed = False
+            if self._running:
+                raise KeyboardInterrupt
+
+    def _fork(self, _request: dict[str, Any]) -> None:
+        """checkpoint: the copy is a twin. wake: the copy is live."""
+        if not self._executor.forkable:
+            raise Refused("unsupported", "only python contexts can be checkpointed: this one's state is in its shell")
+        ours, theirs = socket.socketpair()
+        _flush()
+        pid = _fork_orphan()
+        if pid == 0:
+            ours.close()
+            self._become(theirs)
+            return
+        theirs.close()
+        with ours:
+            self._end({"ok": {"pid": pid}}, [ours.fileno()])
+
+    def _become(self, control: socket.socket) -> None:
+        os.setsid()  # the agent kills a session by its group
+        self._control.close()
+        self._attach(control)
+        self._twin = not self._twin
+        if isinstance(self._executor, python.Python):
+            self._executor.loop.forget()
+        self.serve()
+
+
+def _code_and_env(request: dict[str, Any]) -> tuple[str, dict[str, str]]:
+    code, env = request.get("code"), request.get("env", {})
+    if not isinstance(code, str):
+        raise Refused("invalid", "code must be a string")
+    if not isinstance(env, dict):
+        raise Refused("invalid", "env must be an object")
+    for name, value in cast(dict[str, Any], env).items():
+        if not name or "=" in name or "\0" in name or not isinstance(value, str) or "\0" in value:
+            raise Refused("invalid", f"env {name!r} is not a name with a string")
+    return code, cast(dict[str, str], env)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except Exception:  # whatever object user code put there, or a file it closed
+            traceback.print_exc(file=sys.__stderr__)
+
+
+def _fork_orphan() -> int:
+    """0 in a grandchild whose parent has gone, its pid in the caller."""
+    reader, writer = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # 3.12: threads are not in a checkpoint, as documented
+        middle = os.fork()
+        if middle == 0:
+            pid = os.fork()
+            if pid == 0:
+                os.close(reader)
+                os.close(writer)
+                return 0
+            os.write(writer, pid.to_bytes(4, "big"))
+            os._exit(0)
+    os.close(writer)
+    try:
+        os.waitpid(middle, 0)
+        pid = int.from_bytes(os.read(reader, 4), "big")
+    finally:
+        os.close(reader)
+    if pid == 0:
+        raise Refused("internal", "no process could be made: the sandbox is at its limit of processes or memory")
+    return pid
