@@ -1,6 +1,7 @@
-"""Runs an agent in a process of its own: `inside.py CHANNEL_FD HOME [--init] [--prestart LANGUAGE]`.
+"""Runs an agent in a process of its own: `inside.py CHANNEL_FD HOME [--init [--disk BYTES]] [--prestart LANGUAGE]`.
 
-It has no capabilities, since permissions mean nothing to a full root. --init makes it a real PID 1 with its own /proc.
+It has no capabilities, since permissions mean nothing to a full root. --init makes it a real PID 1 with its own /proc;
+--disk gives it a /tmp, with HOME in it, of that size.
 """
 
 from __future__ import annotations
@@ -45,9 +46,13 @@ if __name__ == "__main__":
     parser.add_argument("channel", type=int)
     parser.add_argument("home")
     parser.add_argument("--init", action="store_true")
+    parser.add_argument("--disk", type=int)
     parser.add_argument("--prestart", action="append", default=[])
     args = parser.parse_args()
     if args.init:
         become_init()
+    if args.disk:
+        sc.mount("tmpfs", "/tmp", "tmpfs", data=f"size={args.disk}")
+        os.mkdir(args.home)
     capabilities.drop_all()
     serve(socket.socket(fileno=args.channel), home=args.home, confine=confine, prestart=args.prestart)

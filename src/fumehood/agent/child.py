@@ -25,7 +25,7 @@ def prctl(option: int, value: int) -> None:
         raise OSError(ctypes.get_errno(), f"prctl({option}, {value})")
 
 
-def settle_as_init() -> None:
+def settle_as_init(*, traceable: bool = False) -> None:
     """What PID 1 does before its first child. Safe to call when the agent is not PID 1 (tests, some OCI runtimes)."""
     global _oom_fd
     while (fd := os.open("/dev/null", os.O_RDWR)) < 3:  # 0-2 exist, so that no pipe gets such a number
@@ -42,7 +42,8 @@ def settle_as_init() -> None:
     # agent, the cgroup limit is what holds.
     with contextlib.suppress(OSError):
         _oom_fd = os.open("/proc/self/oom_score_adj", os.O_RDWR | os.O_CLOEXEC)
-    prctl(PR_SET_DUMPABLE, 0)  # H16: user code has our uid and must not open /proc/1/mem or trace us
+    if not traceable:
+        prctl(PR_SET_DUMPABLE, 0)  # H16: user code has our uid and must not open /proc/1/mem or trace us
 
 
 def fork(main: Callable[[], NoReturn], stdio: Sequence[int]) -> int:

@@ -18,8 +18,9 @@ from .loop import Later, Loop, Refused, Stream, Task
 from .session import languages, session_main
 
 CONTEXT_ID = re.compile(r"[a-z][a-z0-9]{3,31}\Z")  # model.ID_PATTERN, which the agent can't import (H14)
-INTERRUPT_GRACE_S = 0.1
-OUTCOMES = frozenset({"ok", "error", "interrupted"})
+CANCEL_GRACE_S = 0.1  # the host has a deadline to keep (H17)
+INTERRUPT_GRACE_S = 2.0  # the caller wants to keep the state, and IPython's first traceback alone takes over 0.1 s
+OUTCOMES = ("ok", "error", "interrupted")
 
 
 class Checkpoint:
@@ -80,7 +81,7 @@ class Contexts:
         def cancel() -> None:
             waiting = [job for job in context.queue if job[0] is stream]
             if not waiting and context.link:
-                context.link.interrupt(INTERRUPT_GRACE_S)
+                context.link.interrupt(CANCEL_GRACE_S, "killed after cancel")
             for job in waiting:
                 context.queue.remove(job)
                 stream.end({**_outcome(context, "interrupted"), "changed": []})
@@ -89,7 +90,7 @@ class Contexts:
 
     def interrupt(self, context: Context) -> None:
         if context.link:
-            context.link.interrupt(INTERRUPT_GRACE_S)
+            context.link.interrupt(INTERRUPT_GRACE_S, "killed after interrupt")
 
     def restart(self, context: Context) -> None:
         if context.link:
@@ -247,7 +248,8 @@ def _checked(reply: Reply) -> dict[str, Any]:
     outcome, count = reply.ok.get("outcome"), reply.ok.get("execution_count")
     if outcome not in OUTCOMES or not isinstance(count, (int, type(None))):
         return {"outcome": "died", "exit_code": None, "signal": None, "reason": "broke the protocol: a senseless END"}
-    return {"outcome": outcome, "execution_count": count}
+    code = reply.ok.get("exit_code")  # of a shell that the run ended
+    return {"outcome": outcome, "execution_count": count, **({"exit_code": code} if isinstance(code, int) else {})}
 
 
 def _outcome(context: Context, outcome: str, execution_count: int | None = None, **more: Any) -> dict[str, Any]:

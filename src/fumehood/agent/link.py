@@ -25,8 +25,8 @@ RECV_BYTES = 1 << 16
 MAX_DESCRIPTORS = 4
 REAP_GRACE_S = 0.1
 DONT_WAIT = socket.MSG_DONTWAIT  # not O_NONBLOCK: who sent us a socket may keep a copy and clear the shared flag
-EVENT_TYPES = frozenset({"count", "result", "error"})
-ERROR_CODES = frozenset({"invalid", "not_found", "unsupported", "internal"})
+EVENT_TYPES = ("count", "result", "error")  # tuples: `in` a set would hash what user code sent, and lists have no hash
+ERROR_CODES = ("invalid", "not_found", "unsupported", "internal")
 
 
 class Reply(NamedTuple):
@@ -88,20 +88,20 @@ class Link:
     def busy(self) -> bool:
         return not self._call.done
 
-    def interrupt(self, grace_s: float) -> None:
+    def interrupt(self, grace_s: float, reason: str) -> None:
         """SIGINT to the session itself; SIGKILL to its group if the request is not answered within grace_s."""
         if self.busy and not self._exited.done:
             with contextlib.suppress(ProcessLookupError):  # a woken twin may be reaped by another than us
                 os.kill(self.pid, signal.SIGINT)
-            self._loop.later(grace_s, lambda call=self._call: self._lose_patience(call, grace_s))
+            self._loop.later(grace_s, lambda call=self._call: self._lose_patience(call, grace_s, reason))
 
-    def _lose_patience(self, call: Later, grace_s: float) -> None:
+    def _lose_patience(self, call: Later, grace_s: float, reason: str) -> None:
         if call.done or not self.alive:
             return
         if self._loop.full:  # we, not the session, are the slow one: its END may be waiting in the socket
-            self._loop.later(grace_s, lambda: self._lose_patience(call, grace_s))
+            self._loop.later(grace_s, lambda: self._lose_patience(call, grace_s, reason))
         else:
-            self.kill("killed after cancel")
+            self.kill(reason)
 
     def kill(self, reason: str) -> None:
         if self.alive and not self._exited.done:  # reaped means that its pid may be another's

@@ -36,13 +36,15 @@ def serve(
     home: str = HOME,
     confine: Callable[[], None],
     prestart: Sequence[str] = (),
+    traceable: bool = False,
 ) -> None:
     """Returns when the host closes the channel. Raises wire.BadFrame when the host breaks the protocol.
 
     `confine` runs in every child as the last step before what the caller controls. `prestart` names the languages whose
-    default context is forked before HELLO is sent.
+    default context is forked before HELLO is sent. `traceable` is for tests: it leaves out what keeps user code from
+    opening the agent's memory.
     """
-    child.settle_as_init()
+    child.settle_as_init(traceable=traceable)
     agent = Agent(channel, home, confine)
     for language in prestart:
         agent.contexts.awake(agent.contexts.default(language))
