@@ -66,7 +66,8 @@ def main(control_fd: int) -> None:
         control.close()
         os._exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) & 0xFF)
     _die_with_parent()
-    sc.call(sc.UNSHARE, sc.NEWNET)  # a zygote has no network either; after fork, so that the waiter keeps nothing of it
+    # A zygote has no network either; after fork, so that the waiter keeps nothing of it.
+    sc.call(sc.UNSHARE, sc.NEWNET & ~order["keep"])
     try:
         root.build(order["scratch"], order["package"], order["template"], order["prefixes"])
     except OSError as e:

@@ -82,7 +82,8 @@ class NativeRuntime:
         self._starting: dict[Template, asyncio.Lock] = {}
         self._filters: dict[str, tuple[str, Callable[[bytes], int]]] = {}
         self._floor = b64encode(seccomp.compile_floor()).decode()
-        # A test's: `without` leaves steps of the recipe out, `fail_at` fails one. Nothing outside tests sets it.
+        # For tests alone. `without`: steps of the recipe to leave out; `fail_at`, `pause_at`: a step to fail or stand at;
+        # `keep`: namespaces (CLONE_NEW* bits) that a zygote built from now on shares with the host and its sandboxes.
         self.switches: dict[str, Any] = {}
         self.protections = protections.probe(self._layout, rootless=self._rootless)
 
@@ -99,7 +100,9 @@ class NativeRuntime:
                 zygote = None
             if zygote is None:
                 uid = self._uids.zygote_uid if self._uids else None
-                zygote = await Zygote.start(template, uid, self._instance.scratch, self._config.zygote_start_timeout_s)
+                zygote = await Zygote.start(
+                    template, uid, self._instance.scratch, self._config.zygote_start_timeout_s, self.switches.get("keep", 0)
+                )
                 self._zygotes[template] = zygote
             return zygote
 

@@ -60,13 +60,18 @@ def run(channel: socket.socket, announce_fd: int, *, rootless: bool, map_self: C
         channel.sendall(b"\0")
         plan = json.loads(receive(channel, int.from_bytes(receive(channel, 4), "big")))
         for step, action in _steps(plan, channel):
-            if step == plan.get("fail_at"):
-                raise OSError(errno.EIO, "asked to fail here by a test")
+            _obey_test(step, plan)
             action()
         step = "agent"
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         policy = b64decode(plan["policy"])
-        agent.serve(channel, home=root.HOME, confine=lambda: _confine(plan, policy, announce_fd), prestart=plan["prestart"])
+        agent.serve(
+            channel,
+            home=root.HOME,
+            confine=lambda: _confine(plan, policy, announce_fd),
+            prestart=plan["prestart"],
+            traceable="dumpable" in plan.get("without", ()),
+        )
         os._exit(0)
     except BaseException as e:  # whatever it is, the supervisor hears of it and the process ends here
         failed = {"step": step, "errno": getattr(e, "errno", None), "message": f"{type(e).__name__}: {e}"[:2000]}
@@ -74,6 +79,15 @@ def run(channel: socket.socket, announce_fd: int, *, rootless: bool, map_self: C
             channel.sendall(wire.encode_json(0, wire.HELLO, {"setup_failed": failed}))
         finally:
             os._exit(1)
+
+
+def _obey_test(step: str, plan: dict[str, Any]) -> None:
+    """Tests fail a step, or stand still at it while they kill the supervisor (H13, H19)."""
+    if step == plan.get("fail_at"):
+        raise OSError(errno.EIO, "asked to fail here by a test")
+    if step == plan.get("pause_at"):
+        os.write(2, f"paused at {step}\n".encode())
+        signal.pause()
 
 
 def _steps(plan: dict[str, Any], channel: socket.socket) -> list[tuple[str, Callable[[], object]]]:
@@ -91,7 +105,7 @@ def _steps(plan: dict[str, Any], channel: socket.socket) -> list[tuple[str, Call
         ("capabilities", capabilities.drop_all),
         ("rlimits", lambda: _rlimits(plan["rlimits"])),
         ("landlock", lambda: landlock.restrict(tuple(plan["writable"]), tuple(plan["read_only"]))),
-        ("seccomp", lambda: seccomp_install.install(b64decode(plan["floor"]))),
+        ("seccomp-floor", lambda: seccomp_install.install(b64decode(plan["floor"]))),
     ]
     return [s for s in steps if s[0] not in skip]
 
@@ -126,5 +140,5 @@ def _rlimits(limits: dict[str, int]) -> None:
 
 def _confine(plan: dict[str, Any], policy: bytes, announce_fd: int) -> None:
     """In every child of the agent, last thing before the caller's code. Closes `announce_fd` in that child."""
-    if "seccomp" not in plan.get("without", ()):
+    if "seccomp-policy" not in plan.get("without", ()):
         seccomp_install.install_with_listener(policy, announce_fd)

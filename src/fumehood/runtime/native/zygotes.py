@@ -35,8 +35,11 @@ class Zygote:
         self._watch: asyncio.Task[None] | None = None
 
     @classmethod
-    async def start(cls, template: Template, uid: int | None, scratch: Path, timeout_s: float) -> Zygote:
-        """Build the root and preload. `uid` None = rootless. Raises SetupFailed with the zygote's own words."""
+    async def start(cls, template: Template, uid: int | None, scratch: Path, timeout_s: float, keep: int = 0) -> Zygote:
+        """Build the root and preload. `uid` None = rootless; `keep`: see NativeRuntime.switches.
+
+        Raises SetupFailed with the zygote's own words.
+        """
         control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         control.setblocking(False)
         log = scratch.parent / f"{template.name}.log"
@@ -54,7 +57,7 @@ class Zygote:
             )
         self = cls(template, process, control, log)
         try:
-            order = json.dumps(_order(template, uid, scratch)).encode()
+            order = json.dumps(_order(template, uid, scratch) | {"keep": keep}).encode()
             control.send(order)  # for builder.py
             control.send(order)  # for zygote.py
             async with asyncio.timeout(timeout_s):
