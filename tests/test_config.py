@@ -10,7 +10,6 @@ import pytest
 from fumehood.config import Config
 from fumehood.errors import InvalidInput
 
-
 pytestmark = pytest.mark.rootless  # root and an ordinary user have different directories
 
 

@@ -105,6 +105,8 @@ def test_overrides_are_laid_over_the_policy_and_checked_like_one():
     assert resolve(overrides={"limits": Limits(pids=9)}).limits == Limits(pids=9)
     with pytest.raises(PolicyError, match="memory_bytes"):
         resolve("strict", overrides={"limits": {"memory": "1GiB"}})
+    with pytest.raises(PolicyError, match="overrides can't have extends"):
+        resolve("strict", overrides={"extends": "permissive"})
 
 
 def test_env_of_the_caller_wins_is_checked_and_is_not_in_the_hash():

@@ -1,5 +1,6 @@
 """What a policy document may say, and that everything else is refused with its place and a way out."""
 
+import os
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
@@ -121,6 +122,14 @@ def test_an_unreadable_file_is_refused(tmp_path: Path, content):
         path.write_bytes(content)
     with pytest.raises(PolicyError, match=r"p\.toml"):
         chain(path)
+
+
+def test_a_file_that_would_block_or_never_end_is_refused(tmp_path: Path):
+    os.mkfifo(tmp_path / "p.toml")
+    (tmp_path / "q.toml").symlink_to("/dev/zero")
+    for name in ("p.toml", "q.toml"):
+        with pytest.raises(PolicyError, match="regular file"):
+            chain(tmp_path / name)
 
 
 @pytest.mark.parametrize(

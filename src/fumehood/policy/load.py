@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import stat
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
@@ -73,8 +74,11 @@ def _read(path: Path) -> Policy:
 
 def _text(path: Path, error: type[PolicyError] | type[ProfileError]) -> str:
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise error(f"{path} is over {_MAX_BYTES} bytes", cause="too large", remediation="make it smaller")
+        status = path.stat()
+        # A FIFO would keep us waiting, a device would never end.
+        if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_BYTES:
+            cause = f"it must be a regular file of at most {_MAX_BYTES} bytes"
+            raise error(f"can't read {path}: {cause}", cause=cause, remediation="give such a file")
         return path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as e:
         raise error(f"can't read {path}: {e}", cause=str(e), remediation="give a readable UTF-8 file") from None

@@ -39,6 +39,10 @@ def resolve(
     """
     documents = chain("default" if policy is None else policy)
     if overrides:
+        if overrides.get("extends") is not None:  # its base would replace the policy that is to be overridden
+            raise PolicyError(
+                "overrides can't have extends", cause="they are laid over a policy", remediation="name it as the policy"
+            )
         documents += chain(overrides)
     spec = settle(documents, template)
     # After the hash: env is bound at claim and may hold secrets, which a published hash would let one guess.

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import fumehood
 from fumehood.config import Config
-from fumehood.errors import InvalidTransition, ProtectionUnavailable
+from fumehood.errors import CapacityExceeded, InvalidTransition, ProtectionUnavailable
 from fumehood.events import Event
 from fumehood.model import Enforcement, Limits, Protection, SandboxSpec, Usage
 from fumehood.runtime import tree
@@ -51,6 +51,10 @@ class FakeHandle:
         self._pidfd = os.pidfd_open(keeper.pid)
         asyncio.get_running_loop().add_reader(self._pidfd, self._on_end)
 
+    @property
+    def alive(self) -> bool:
+        return not self._dead.is_set()
+
     def _on_end(self) -> None:
         asyncio.get_running_loop().remove_reader(self._pidfd)
         os.close(self._pidfd)
@@ -67,11 +71,11 @@ class FakeHandle:
         await asyncio.to_thread(tree.freeze, self._keeper.pid)
 
     async def resume(self) -> None:
-        for process in [] if self._dead.is_set() else tree.below(self._keeper.pid):
+        for process in tree.below(self._keeper.pid) if self.alive else []:
             tree.send(process, signal.SIGCONT)
 
     def stats(self) -> Stats:
-        alive = [] if self._dead.is_set() else tree.below(self._keeper.pid)
+        alive = tree.below(self._keeper.pid) if self.alive else []
         memory, pids = sum(p.memory_bytes for p in alive), sum(p.tasks for p in alive)
         self._peak_memory, self._peak_pids = max(self._peak_memory, memory), max(self._peak_pids, pids)
         self._cpu_s = max(self._cpu_s, sum(p.cpu_s for p in alive))
@@ -88,7 +92,7 @@ class FakeHandle:
         """No limit is enforced here, and `protections` says so."""
 
     async def kill(self) -> None:
-        if not self._dead.is_set():
+        if self.alive:
             await asyncio.to_thread(self._end_all)
         await self.wait_dead()
 
@@ -102,7 +106,8 @@ class FakeHandle:
 
     async def aclose(self) -> None:
         await self.kill()
-        self._channel.close()
+        if not self._connected:  # else the stream owns it
+            self._channel.close()
 
 
 class FakeRuntime:
@@ -118,7 +123,7 @@ class FakeRuntime:
         return Capabilities(self.tier, available=True, protections=_OFF, reason="no isolation; for tests only")
 
     async def start(self, spec: SandboxSpec, sandbox_id: str, on_event: Callable[[Event], None]) -> FakeHandle:
-        """The policy's limits, files and seccomp have no effect; its `require` is kept."""
+        """The policy's limits, files and seccomp have no effect; its `require` is kept. Raises CapacityExceeded too."""
         if lacking := missing(spec.require, _OFF):
             raise ProtectionUnavailable(
                 "the fake tier can't enforce: " + ", ".join(p.name for p in lacking),
@@ -128,10 +133,15 @@ class FakeRuntime:
         home = tempfile.mkdtemp(prefix=f"fake-{sandbox_id}-", dir=self._config.run_dir)
         ours, theirs = socket.socketpair()
         with theirs:
-            keeper = _start_keeper(theirs.fileno(), home)
+            try:
+                keeper = _start_keeper(theirs.fileno(), home)
+            except OSError as e:
+                ours.close()
+                Path(home).rmdir()
+                raise CapacityExceeded(f"can't start an agent: {e}", cause=str(e), remediation="end other processes") from e
         ours.setblocking(False)
         handle = FakeHandle(sandbox_id, keeper, ours, home)
-        self._handles.append(handle)
+        self._handles = [h for h in self._handles if h.alive] + [handle]
         return handle
 
     async def aclose(self) -> None:
