@@ -83,6 +83,7 @@ def main(control_fd: int) -> None:
             json.dumps({"failed": "the image has no Python 3 where one is looked for: " + ", ".join(_PYTHONS)}).encode()
         )
         os._exit(1)
+    control.send(json.dumps({"built": True}).encode())
     os.set_inheritable(control_fd, True)
     env = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": root.HOME, "LANG": "C.UTF-8"}
     os.execve(python, command(python, f"{root.SUPPORT}/lib", "zygote", control_fd), env)

@@ -11,7 +11,7 @@ import fcntl
 import os
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fumehood.model import ID_PATTERN
@@ -22,10 +22,12 @@ class Instance:
 
     def __init__(self, run_dir: Path) -> None:
         self.name = "i" + secrets.token_hex(6)
-        self.directory = run_dir / "instances" / self.name
-        self.directory.mkdir(0o700, parents=True)
-        self._fd = _lock(self.directory)
-        assert self._fd is not None
+        instances = run_dir / "instances"
+        instances.mkdir(0o700, parents=True, exist_ok=True)
+        with _exclusive(instances):  # between mkdir and lock another supervisor would take us for dead
+            self.directory = instances / self.name
+            self.directory.mkdir(0o711)
+            self._fd = _lock(self.directory)
         self.scratch = self.directory / "root"
         self.scratch.mkdir(0o755)
 
@@ -33,6 +35,17 @@ class Instance:
         shutil.rmtree(self.directory)
         if self._fd is not None:
             os.close(self._fd)
+
+
+@contextlib.contextmanager
+def _exclusive(instances: Path) -> Iterator[None]:
+    """One supervisor at a time makes or removes entries."""
+    fd = os.open(instances, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
 
 
 def _lock(directory: Path) -> int | None:
@@ -48,8 +61,10 @@ def _lock(directory: Path) -> int | None:
 def reconcile(run_dir: Path, remove: Callable[[str], None]) -> list[str]:
     """Call `remove(instance)` for each dead supervisor's instance, then drop its entry. Returns the names."""
     found: list[str] = []
-    for directory in sorted((run_dir / "instances").glob("*")):
-        with contextlib.suppress(FileNotFoundError):  # another supervisor may be cleaning up the same one
+    instances = run_dir / "instances"
+    instances.mkdir(0o700, parents=True, exist_ok=True)
+    with _exclusive(instances):
+        for directory in sorted(instances.iterdir()):
             if not ID_PATTERN.match(directory.name) or (fd := _lock(directory)) is None:
                 continue
             remove(directory.name)

@@ -58,10 +58,9 @@ class Zygote:
         self = cls(template, process, control, log)
         try:
             order = json.dumps(_order(template, uid, scratch) | {"keep": keep}).encode()
-            control.send(order)  # for builder.py
-            control.send(order)  # for zygote.py
             async with asyncio.timeout(timeout_s):
-                self._check_ready(await asyncio.get_running_loop().sock_recv(control, 4096))
+                await self._ask(order, "built")  # builder.py
+                await self._ask(order, "ready")  # zygote.py
         except TimeoutError:
             await self.aclose()
             raise SetupFailed(f"the zygote of template {template.name} was not ready within {timeout_s} s") from None
@@ -71,9 +70,15 @@ class Zygote:
         self._watch = asyncio.create_task(self._notice_end())
         return self
 
-    def _check_ready(self, answer: bytes) -> None:
+    async def _ask(self, order: bytes, wanted: str) -> None:
+        """Each program reads the order once. A socket that closes with an unread message would lose its last words."""
+        self._control.send(order)
+        try:
+            answer = await asyncio.get_running_loop().sock_recv(self._control, 4096)
+        except ConnectionResetError:
+            answer = b""
         told: dict[str, Any] = json.loads(answer) if answer else {}
-        if "ready" not in told:
+        if wanted not in told:
             last = self.log.read_text(errors="replace")[-2000:]
             raise SetupFailed(
                 f"the zygote of template {self.template.name} could not start",
