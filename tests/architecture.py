@@ -96,6 +96,14 @@ LATE = ("agent/notebook.py", "agent/inline.py")
 
 LONGER: Mapping[str, str] = {
     "model.py": "one flat table of the nouns",
+    "client/sandbox.py": "the same API twice, async and sync, method by method",
+    "client/files.py": "the same API twice, async and sync, over one set of functions",
+    "agent/loop.py": "one selector loop and the three nouns that only it and its callers share",
+    "agent/contexts.py": "one class: the life of a context, whose states are told from each other by all of its methods",
+    "agent/python.py": "both executors and the preload that warms them",
+    "agent/shells.py": "two shells over one base class",
+    "runtime/native/cgroup.py": "one class: a group is made, entered, bounded, read, frozen, killed, removed as one thing",
+    "supervisor.py": "the one place that joins the rooms",
 }
 
 

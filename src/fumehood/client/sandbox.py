@@ -141,6 +141,7 @@ class AsyncSandbox(_Core):
         return AsyncContexts(self)
 
     async def open(self) -> Self:
+        """Create the sandbox now, where no `async with` does it. Raises ProtectionUnavailable, CapacityExceeded, SetupFailed."""
         await await_engine(self._engine, self._open())
         return self
 
@@ -198,6 +199,7 @@ class AsyncSandbox(_Core):
         return AsyncProcess(self, await await_engine(self._engine, start_process(self, as_argv(argv), cwd, env, pty, stdin)))
 
     async def processes(self) -> list[dict[str, Any]]:
+        """The programs that run in it: `{"pid", "argv", "cwd", "tag", "pty"}` each."""
         return (await await_engine(self._engine, self.live.link.call("exec.list")))["processes"]
 
     async def checkpoint(self, context: str | None = None) -> str:
@@ -205,18 +207,23 @@ class AsyncSandbox(_Core):
         return await await_engine(self._engine, self._checkpoint(context))
 
     async def rollback(self, checkpoint: str) -> None:
+        """Back to what `checkpoint()` kept. Raises NotFound for an unknown one."""
         await await_engine(self._engine, self._rollback(checkpoint))
 
     async def pause(self) -> None:
+        """Stop every process of the sandbox where it is; deadlines go on."""
         await await_engine(self._engine, self.live.pause())
 
     async def resume(self) -> None:
+        """Let what `pause()` stopped go on."""
         await await_engine(self._engine, self.live.resume())
 
     async def stats(self) -> Stats:
+        """Memory, processes and usage now, by the host's accounting."""
         return await await_engine(self._engine, self._stats())
 
     async def kill(self) -> None:
+        """End every process of the sandbox at once. Later calls raise SandboxGone."""
         await await_engine(self._engine, self.live.kill())
 
 
