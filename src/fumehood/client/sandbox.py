@@ -55,7 +55,9 @@ class _Core:
     ) -> None:
         self._engine = Engine.of_this_process(config)
         chosen = policy if policy is not None else self._engine.supervisor.config.default_policy
-        self.spec: SandboxSpec = resolve(chosen, overrides={"limits": dict(limits)} if limits else {}, env=env or {}, template=template)
+        self.spec: SandboxSpec = resolve(
+            chosen, overrides={"limits": dict(limits)} if limits else {}, env=env or {}, template=template
+        )
         self.tier = tier
         self._live: Live | None = None
 
@@ -141,7 +143,7 @@ class AsyncSandbox(_Core):
         return AsyncContexts(self)
 
     async def open(self) -> Self:
-        """Create the sandbox now, where no `async with` does it. Raises ProtectionUnavailable, CapacityExceeded, SetupFailed."""
+        """Create the sandbox, where no `async with` does it. Raises ProtectionUnavailable, CapacityExceeded, SetupFailed."""
         await await_engine(self._engine, self._open())
         return self
 
