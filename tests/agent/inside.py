@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import os
+import resource
 import socket
 
 from fumehood.agent.serve import serve
@@ -22,6 +23,10 @@ def confine() -> None:
     """A real barrier that user code can be asked about (NoNewPrivs in /proc/self/status)."""
     if ctypes.CDLL(None).prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
         raise OSError("prctl")
+
+
+def refuse() -> None:
+    raise OSError("refused to confine")
 
 
 def become_init() -> None:
@@ -47,6 +52,8 @@ if __name__ == "__main__":
     parser.add_argument("home")
     parser.add_argument("--init", action="store_true")
     parser.add_argument("--disk", type=int)
+    parser.add_argument("--open-files", type=int)
+    parser.add_argument("--fail-confine", action="store_true")
     parser.add_argument("--prestart", action="append", default=[])
     args = parser.parse_args()
     if args.init:
@@ -55,4 +62,7 @@ if __name__ == "__main__":
         sc.mount("tmpfs", "/tmp", "tmpfs", data=f"size={args.disk}")
         os.mkdir(args.home)
     capabilities.drop_all()
-    serve(socket.socket(fileno=args.channel), home=args.home, confine=confine, prestart=args.prestart)
+    if args.open_files:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (args.open_files, args.open_files))
+    last_step = refuse if args.fail_confine else confine
+    serve(socket.socket(fileno=args.channel), home=args.home, confine=last_step, prestart=args.prestart)

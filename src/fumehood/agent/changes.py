@@ -24,9 +24,12 @@ class Scan(NamedTuple):
 
 def scan(home: str) -> Scan:
     """Files and links under home (not the directories themselves), at most MAX_ENTRIES entries looked at."""
-    walk = _walk(home)
-    files = {path: fingerprint for path, fingerprint in islice(walk, MAX_ENTRIES) if fingerprint is not None}
-    return Scan(files, next(walk, None) is not None)
+    walk, files = _walk(home), dict[str, Print]()
+    try:
+        files.update((path, found) for path, found in islice(walk, MAX_ENTRIES) if found is not None)
+        return Scan(files, next(walk, None) is not None)
+    except OSError:  # no descriptor or memory left to look any further: the answer says so
+        return Scan(files, True)
 
 
 def _walk(home: str) -> Iterator[tuple[str, Print | None]]:
@@ -41,7 +44,7 @@ def _walk(home: str) -> Iterator[tuple[str, Print | None]]:
                     else:
                         s = entry.stat(follow_symlinks=False)
                         yield entry.path, (s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns)
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError, PermissionError):
             continue  # the code runs while we look: a directory may be gone, or closed to its own owner
 
 

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from . import changes, child, tree
 from .link import Follower, Link, Reply
 from .loop import Later, Loop, Refused, Stream, Task
+from .pipes import Ends
 from .session import languages, session_main
 
 CONTEXT_ID = re.compile(r"[a-z][a-z0-9]{3,31}\Z")  # model.ID_PATTERN, which the agent can't import (H14)
@@ -201,20 +202,11 @@ class Contexts:
         return context.link
 
     def _fork(self, context: Context) -> Link:
-        mine, theirs = socket.socketpair()
-        null = os.open("/dev/null", os.O_RDONLY)
-        (out, out_inner), (err, err_inner) = os.pipe(), os.pipe()
-        try:
-            pid = child.fork(lambda: self._become(context, theirs), (null, out_inner, err_inner))
-        except OSError:
-            mine.close()
-            for fd in (out, err):
-                os.close(fd)
-            raise
-        finally:
-            theirs.close()
-            for fd in (null, out_inner, err_inner):
-                os.close(fd)
+        with Ends() as ends:
+            null, (out, out_inner), (err, err_inner) = ends.null(), ends.from_child(), ends.from_child()
+            mine, theirs = socket.socketpair()
+            with theirs:
+                pid = child.fork(lambda: self._become(context, theirs), (null, out_inner, err_inner))
         return Link(self._loop, self._children, pid, mine, (out, err))
 
     def _become(self, context: Context, control: socket.socket) -> NoReturn:

@@ -16,6 +16,46 @@ from .wire import CHUNK_BYTES
 SPOOL_MEMORY_BYTES = 1 << 20
 
 
+class Ends:
+    """The descriptors made for one child. `theirs` close at the end of the block; `ours` only if it fails."""
+
+    def __init__(self) -> None:
+        self.ours: list[int] = []
+        self.theirs: list[int] = []
+
+    def __enter__(self) -> Ends:
+        return self
+
+    def __exit__(self, failed: object, *_: object) -> None:
+        for fd in {*self.theirs, *(self.ours if failed else ())}:
+            os.close(fd)
+
+    def from_child(self) -> tuple[int, int]:
+        """(our end, its end) of a pipe that it writes."""
+        reader, writer = os.pipe()
+        self.ours.append(reader)
+        self.theirs.append(writer)
+        return reader, writer
+
+    def to_child(self) -> tuple[int, int]:
+        reader, writer = os.pipe()
+        self.ours.append(writer)
+        self.theirs.append(reader)
+        return writer, reader
+
+    def null(self) -> int:
+        self.theirs.append(fd := os.open("/dev/null", os.O_RDONLY))
+        return fd
+
+    def terminal(self) -> tuple[int, int, int]:
+        """(ours to read, ours to write, its own)."""
+        master, slave = os.openpty()
+        self.ours.append(master)
+        self.theirs.append(slave)
+        self.ours.append(writer := os.dup(master))
+        return master, writer, slave
+
+
 class Output:
     """One output: read as the host keeps up, given to `sink(channel, data)`. Owns fd."""
 

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from . import changes, child, wire
 from .loop import Later, Loop, Refused, Stream, Task
-from .pipes import Input, Output
+from .pipes import Ends, Input, Output
 
 HANGUP_S = 0.25  # after the leader's death the kernel hangs its terminal up; this is how long we wait to see it
 CTRL_D = b"\x04"
@@ -34,7 +34,11 @@ class Process:
     def write(self, data: bytes) -> None:
         if self.input is None:
             raise Refused("invalid", f"process {self.pid} was started without stdin")
-        self.input.write(data)
+        try:
+            self.input.write(data)
+        except OSError:  # no room for what waits: better no more input than input with a hole
+            self.input.abandon()
+            raise
 
     def eof(self) -> None:
         if self.input is None:
@@ -69,31 +73,19 @@ class Processes:
         """Raises Refused and OSError when nothing was started; a failing execve is answered on the stream."""
         process = Process(argv, cwd, tag, pty is not None)
         before = changes.scan(self._home)
-        inner, mine = _terminal(pty) if pty else _pipes(stdin)
-        failure, failure_inner = os.pipe()
-        try:
+        with Ends() as ends:
+            inner, mine = _terminal(ends, pty) if pty else _pipes(ends, stdin)
+            failure, failure_inner = ends.from_child()
             process.pid = child.fork(lambda: _become(argv, env, cwd, pty is not None, self._confine, failure_inner), inner)
-        except OSError:
-            for fd in {failure, *mine.values()}:
-                os.close(fd)
-            raise
-        finally:
-            for fd in {failure_inner, *inner}:
-                os.close(fd)
         exited = self._children[process.pid] = Later(self._loop)
         self._connect(process, mine)
         self._follow(process, stream)
         self._loop.start(self._live_and_die(process, failure, exited, before))
 
     def _connect(self, process: Process, mine: dict[int, int]) -> None:
-        if process.pty:
-            master = mine[wire.TERMINAL]
-            process.input = Input(self._loop, os.dup(master))
-            process.outputs = [Output(self._loop, master, wire.TERMINAL, process.tell)]
-            return
         if wire.STDIN in mine:
-            process.input = Input(self._loop, mine[wire.STDIN])
-        process.outputs = [Output(self._loop, mine[c], c, process.tell) for c in (wire.STDOUT, wire.STDERR)]
+            process.input = Input(self._loop, mine.pop(wire.STDIN))
+        process.outputs = [Output(self._loop, fd, channel, process.tell) for channel, fd in mine.items()]
 
     def _follow(self, process: Process, stream: Stream) -> None:
         process.followers.append(stream)
@@ -185,19 +177,22 @@ def ending(status: int) -> dict[str, Any]:
     return {"exit_code": code if code >= 0 else None, "signal": -code if code < 0 else None}
 
 
-def _pipes(stdin: bool) -> tuple[list[int], dict[int, int]]:
+def _pipes(ends: Ends, stdin: bool) -> tuple[list[int], dict[int, int]]:
     """(the child's 0-2, the agent's ends by channel)."""
-    theirs_in, ours_in = os.pipe() if stdin else (os.open("/dev/null", os.O_RDONLY), -1)
-    ours_out, theirs_out = os.pipe()
-    ours_err, theirs_err = os.pipe()
-    ours = {wire.STDOUT: ours_out, wire.STDERR: ours_err, **({wire.STDIN: ours_in} if stdin else {})}
-    return [theirs_in, theirs_out, theirs_err], ours
+    ours: dict[int, int] = {}
+    if stdin:
+        ours[wire.STDIN], zero = ends.to_child()
+    else:
+        zero = ends.null()
+    ours[wire.STDOUT], one = ends.from_child()
+    ours[wire.STDERR], two = ends.from_child()
+    return [zero, one, two], ours
 
 
-def _terminal(size: tuple[int, int]) -> tuple[list[int], dict[int, int]]:
-    master, slave = os.openpty()
-    _set_size(master, size)
-    return [slave] * 3, {wire.TERMINAL: master}
+def _terminal(ends: Ends, size: tuple[int, int]) -> tuple[list[int], dict[int, int]]:
+    reader, writer, slave = ends.terminal()
+    _set_size(reader, size)
+    return [slave] * 3, {wire.STDIN: writer, wire.TERMINAL: reader}
 
 
 def _set_size(fd: int, size: tuple[int, int]) -> None:
