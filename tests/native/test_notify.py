@@ -58,7 +58,8 @@ def test_without_the_inspection_the_same_connect_goes_through() -> None:
 
 
 def _sendmmsg(s: socket.socket, *to: tuple[str, int]) -> int:
-    keep, messages = [], b""
+    keep: list[Any] = []
+    messages = b""
     for address, port in to:
         name = ctypes.create_string_buffer(struct.pack("=H", 2) + struct.pack("!H4s8x", port, socket.inet_aton(address)))
         keep.append(name)
@@ -150,9 +151,12 @@ def test_the_arguments_and_the_pid_of_a_refused_call_are_the_kernels_word() -> N
     assert event == SyscallRefused("sbxtest", "bpf", "x86_64", (1, 2, 3, 4, 5, (1 << 64) - 1), out.report[1])
 
 
+def _nothing(number: int, frame: Any) -> None: ...
+
+
 def test_signals_that_arrive_while_a_call_waits_do_not_count_it_twice() -> None:
     def probe() -> int:
-        signal.signal(signal.SIGALRM, lambda *_: None)
+        signal.signal(signal.SIGALRM, _nothing)
         signal.siginterrupt(signal.SIGALRM, False)
         signal.setitimer(signal.ITIMER_REAL, 0.0003, 0.0003)
         answers = [call("bpf") for _ in range(300)]
