@@ -15,6 +15,7 @@ from fumehood.errors import CapacityExceeded, SetupFailed
 from fumehood.model import MIB, Enforcement, Limits
 from fumehood.runtime.native import cgroup_v2
 from fumehood.runtime.native.cgroup import Group, Layout, probe
+from fumehood.runtime.native.cgroup_layout import whole_disk
 
 LIMITS = Limits(cpus=0.5, memory_bytes=64 * MIB, swap_bytes=MIB, pids=16, io_read_bps=10 * MIB, io_write_bps=0)
 LEAF = {
@@ -182,3 +183,13 @@ def test_controllers_mounted_together_share_one_directory(tmp_path: Path) -> Non
     layout = probe(str(tmp_path), str(tmp_path / "mountinfo"))
     assert layout.by_place() == {layout.places["cpu"]: ["cpu", "cpuacct"]}
     assert layout.places["cpu"].base == str(point)
+
+
+def test_a_partition_is_throttled_by_its_disk(tmp_path: Path) -> None:
+    """A plain tree like /sys/dev/block, where the disk under tmp_path is a partition of another one."""
+    number = os.stat(tmp_path).st_dev
+    disk = lay(tmp_path / "devices" / "sda", {"dev": "8:0\n"})
+    part = lay(disk / "sda1", {"dev": "8:1\n", "partition": "1\n"})
+    (tmp_path / "block").mkdir()
+    (tmp_path / "block" / f"{os.major(number)}:{os.minor(number)}").symlink_to(part)
+    assert whole_disk(str(tmp_path), blocks=str(tmp_path / "block")) == "8:0"

@@ -86,6 +86,13 @@ def test_a_nested_pid_namespace_does_not_hide_a_process(box: Box) -> None:
     assert Watch(init, LIMITS).sample().pids == 3
 
 
+def test_processes_whose_namespace_may_not_be_read_are_found_by_descent(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    init, process = box(*python(f"if os.fork() == 0: time.sleep(60)\n{SAY}"))
+    line(process)
+    monkeypatch.setattr(watchdog, "_namespace", lambda pid: "")  # as EACCES gives it
+    assert Watch(init, LIMITS).sample().pids == 2
+
+
 def test_memory_shared_by_forks_is_counted_once(box: Box) -> None:
     code = f"""
 shared = b'x' * (64 << 20)

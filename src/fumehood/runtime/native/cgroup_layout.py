@@ -134,7 +134,7 @@ def make(place: Place, controllers: list[str], instance: str, sandbox_id: str) -
     return path
 
 
-def whole_disk(directory: str, mounts: str = "/proc/self/mountinfo") -> str | None:
+def whole_disk(directory: str, mounts: str = "/proc/self/mountinfo", blocks: str = "/sys/dev/block") -> str | None:
     """major:minor of the disk under a directory; None for tmpfs, overlay and the like, which have no disk to throttle.
 
     blkio.throttle refuses a partition, so a partition gives its disk. Btrfs shows an anonymous device: ask its mount.
@@ -147,7 +147,7 @@ def whole_disk(directory: str, mounts: str = "/proc/self/mountinfo") -> str | No
         if not source.startswith("/dev/") or not Path(source).is_block_device():
             return None
         number = os.stat(source).st_rdev
-    node = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}").resolve()
+    node = Path(f"{blocks}/{os.major(number)}:{os.minor(number)}").resolve()
     if (node / "partition").exists():
         node = node.parent
     return (node / "dev").read_text().strip() if (node / "dev").exists() else None
