@@ -7,10 +7,10 @@ import codecs
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from fumehood.agent import wire
-from fumehood.errors import FumehoodError, SandboxGone
+from fumehood.errors import FumehoodError, SandboxGone, WireError
 from fumehood.model import CodeError, FileChange, Limits, RichResult
 from fumehood.outcome import Ended
 from fumehood.runtime.link import Link, Stream
@@ -71,12 +71,12 @@ class Capture:
 
     def _event(self, event: dict[str, Any], size: int) -> None:
         match event.get("type"):
-            case "result" if isinstance(event.get("data"), dict):
+            case "result" if data := wire.table(event.get("data")):
                 self._result_bytes += size
                 if len(self.results) >= _MAX_RESULTS or self._result_bytes > _MAX_RESULT_BYTES:
                     self.truncated.add("results")
                     return
-                result = RichResult({str(k): v for k, v in event["data"].items()}, bool(event.get("is_main_result")))
+                result = RichResult(data, bool(event.get("is_main_result")))
                 self.results.append(result)
                 if self.sinks.result is not None:
                     self.sinks.result(result)
@@ -108,17 +108,20 @@ class Followed:
     gone_because: str = ""
 
     def number(self, key: str) -> int | None:
-        value = self.end.get(key)
-        return value if isinstance(value, int) and not isinstance(value, bool) else None
+        return _number(self.end.get(key))
 
     def changes(self) -> tuple[FileChange, ...]:
         rows = self.end.get("changed")
-        good = [r for r in rows if isinstance(r, dict)] if isinstance(rows, list) else []  # pyright: ignore[reportUnknownVariableType]
+        tables = [wire.table(row) for row in cast("list[object]", rows)[:_MAX_CHANGES]] if isinstance(rows, list) else []
         return tuple(
-            FileChange(str(r.get("path")), r["kind"], int(r.get("size") or 0))  # pyright: ignore[reportUnknownMemberType,reportUnknownArgumentType]
-            for r in good[:_MAX_CHANGES]
-            if r.get("kind") in ("created", "modified", "removed")  # pyright: ignore[reportUnknownMemberType]
+            FileChange(str(row.get("path")), row["kind"], _number(row.get("size")) or 0)
+            for row in tables
+            if row.get("kind") in ("created", "modified", "removed")
         )
+
+
+def _number(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 async def follow(link: Link, stream: Stream, capture: Capture, timeout_s: float, kill: Callable[[str], Any]) -> Followed:
@@ -135,6 +138,9 @@ async def follow(link: Link, stream: Stream, capture: Capture, timeout_s: float,
         done.ended = "output_limit"
     except SandboxGone as e:
         done.ended, done.gone_because = "gone", e.cause
+    except WireError as e:  # whoever forges frames loses its sandbox, and only that (H16)
+        done.ended, done.gone_because = "gone", str(e)
+        await kill(done.gone_because)
     except asyncio.CancelledError:
         await asyncio.shield(_stop(link, stream, capture, kill))
         raise

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import struct
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 GENERATION = 1
 HELLO, OPEN, DATA, EVENT, END, CLOSE, CANCEL = range(7)
@@ -35,6 +35,11 @@ class BadFrame(ValueError):
     """The peer broke the protocol."""
 
 
+def table(value: object) -> dict[str, Any]:
+    """`value` if it is a JSON object, else an empty one: for members of a frame, of which the peer chose the type."""
+    return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
+
+
 class Frame(NamedTuple):
     stream: int
     kind: int
@@ -47,7 +52,7 @@ class Frame(NamedTuple):
             raise BadFrame(f"payload is not JSON: {e}") from None
         if not isinstance(value, dict):
             raise BadFrame("payload is not a JSON object")
-        return value  # pyright: ignore[reportUnknownVariableType]
+        return table(value)  # pyright: ignore[reportUnknownArgumentType]
 
 
 def encode(stream: int, kind: int, payload: bytes = b"") -> bytes:

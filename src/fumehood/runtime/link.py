@@ -8,7 +8,16 @@ import contextlib
 from typing import Any
 
 from fumehood.agent import wire
-from fumehood.errors import AgentUnresponsive, FileFault, FumehoodError, InvalidInput, NotFound, SandboxGone, SetupFailed, WireError
+from fumehood.errors import (
+    AgentUnresponsive,
+    FileFault,
+    FumehoodError,
+    InvalidInput,
+    NotFound,
+    SandboxGone,
+    SetupFailed,
+    WireError,
+)
 
 # Above this a stream's unread frames stop the reading of the whole channel, so that a flood meets the kernel's socket
 # buffer and then blocks its author: a sandbox can make the host hold this much and no more (H15).
@@ -60,9 +69,9 @@ class Stream:
     def _finish(self, end: dict[str, Any]) -> None:
         self._ended = True
         self._link.forget(self.number)
-        if (error := end.get("error")) is not None:
-            raise _error(error)
-        self.ok = end.get("ok") or {}
+        if "error" in end:
+            raise _error(wire.table(end["error"]))
+        self.ok = wire.table(end.get("ok"))
 
     async def result(self) -> dict[str, Any]:
         """Drain the stream, return END's ok object."""
@@ -88,11 +97,9 @@ class Stream:
         self._link.forget(self.number)
 
 
-def _error(error: Any) -> FumehoodError:
-    if not isinstance(error, dict):
-        return WireError("the agent sent an error that is not an object")
-    code, message = str(error.get("code")), str(error.get("message"))[:4096]  # pyright: ignore[reportUnknownArgumentType,reportUnknownMemberType]
-    details = {"errno": str(error["errno"])[:32]} if "errno" in error else {}  # pyright: ignore[reportUnknownArgumentType]
+def _error(error: dict[str, Any]) -> FumehoodError:
+    code, message = str(error.get("code")), str(error.get("message"))[:4096]
+    details = {"errno": str(error["errno"])[:32]} if "errno" in error else {}
     return _ERRORS.get(code, FumehoodError)(message, cause=f"the agent answered {code[:32]}", **details)
 
 
@@ -122,7 +129,7 @@ class Link:
         if frame.kind != wire.HELLO:
             raise WireError("the agent's first frame is not HELLO")
         self.hello = self.checked_json(frame)
-        if isinstance(failed := self.hello.get("setup_failed"), dict):
+        if failed := wire.table(self.hello.get("setup_failed")):
             raise SetupFailed(f"step {failed.get('step')} of the recipe failed", cause=str(failed.get("message")))
         generation = self.hello.get("generation")
         if not isinstance(generation, int) or generation < wire.GENERATION:

@@ -11,7 +11,7 @@ import fcntl
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 from fumehood.model import ID_PATTERN
@@ -38,7 +38,7 @@ class Instance:
 
 
 @contextlib.contextmanager
-def _exclusive(instances: Path) -> Iterator[None]:
+def _exclusive(instances: Path) -> Generator[None]:
     """One supervisor at a time makes or removes entries."""
     fd = os.open(instances, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
