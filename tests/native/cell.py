@@ -66,6 +66,7 @@ def confined(
     floor: bytes | None = None,
     prepare: Callable[[], Any] = lambda: None,
     egress: bool = False,
+    deadline_s: float = DEADLINE_S,
 ) -> Outcome:
     """The same under floor and policy, with a live listener."""
     ours, theirs = seccomp_install.channel()
@@ -90,7 +91,7 @@ def confined(
     listener = notify.Listener(fetch(ours), "sbxtest", refused, outcome.events.append, egress=egress)
     ours.close()
     try:
-        return _collect(pid, reader, lambda: listener.handle(), outcome)
+        return _collect(pid, reader, listener.handle, outcome, deadline_s)
     finally:
         listener.close()
 
@@ -118,8 +119,10 @@ def _child(probe: Callable[[], Any], writer: int) -> None:
         os._exit(0)
 
 
-def _collect(pid: int, reader: int, tick: Callable[[], Any], outcome: Outcome | None = None) -> Outcome:
-    outcome, chunks, end, done = outcome or Outcome(), b"", time.monotonic() + DEADLINE_S, 0
+def _collect(
+    pid: int, reader: int, tick: Callable[[], Any], outcome: Outcome | None = None, deadline_s: float = DEADLINE_S
+) -> Outcome:
+    outcome, chunks, end, done = outcome or Outcome(), b"", time.monotonic() + deadline_s, 0
     os.set_blocking(reader, False)
     while not done:
         tick()
