@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -200,6 +201,34 @@ def test_a_process_killed_between_open_and_read_is_as_gone_as_one_never_found(mo
 
     monkeypatch.setattr(watchdog, "open", late, raising=False)
     assert watchdog._read(process.pid, "smaps_rollup") == ""
+
+
+def state(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def test_a_signal_reaches_every_process_of_the_sandbox(box: Box) -> None:
+    init, process = box(*python(f"if os.fork() == 0: time.sleep(60)\n{SAY}"))
+    line(process)
+    watch = Watch(init, LIMITS)
+    watch.signal_all(signal.SIGSTOP)
+    members = list(watch._members())
+    assert len(members) == 2
+    assert wait(lambda: all(state(pid) == "T" for pid in members), 10)
+    watch.signal_all(signal.SIGCONT)
+    assert wait(lambda: all(state(pid) == "S" for pid in members), 10)
+
+
+def test_a_signal_does_not_reach_whoever_has_a_member_s_number_now(box: Box) -> None:
+    init, process = box(*python(SAY))
+    line(process)
+    member = Watch(init, LIMITS)._members()[init]
+    other = subprocess.Popen(["sleep", "60"])
+    watchdog._signal(other.pid, replace(member, started=member.started - 1), signal.SIGKILL)
+    with pytest.raises(subprocess.TimeoutExpired):
+        other.wait(0.2)
+    other.kill()
+    other.wait()
 
 
 def test_an_ended_sandbox_keeps_its_usage_and_shows_nothing_alive(box: Box) -> None:

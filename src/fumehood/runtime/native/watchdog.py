@@ -7,6 +7,7 @@ maps (files on tmpfs, memfds, pipe and socket buffers) is not seen; tmpfs size l
 from __future__ import annotations
 
 import os
+import signal
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -64,11 +65,10 @@ class Watch:
     def signal_all(self, number: int) -> None:
         """To every process, again until a look finds no new one: a fork may slip between looking and stopping."""
         seen: set[int] = set()
-        while new := self._members().keys() - seen:
-            seen |= new
-            for pid in new:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, number)
+        while new := {pid: process for pid, process in self._members().items() if pid not in seen}:
+            seen |= new.keys()
+            for pid, process in new.items():
+                _signal(pid, process, number)
 
     def _members(self) -> dict[int, _Process]:
         """By pid namespace or by descent, since either alone has a hole.
@@ -129,6 +129,18 @@ def _process(pid: int) -> _Process | None:
         started=numbers[18],
         rss_bytes=max(0, numbers[20]) * os.sysconf("SC_PAGE_SIZE"),
     )
+
+
+def _signal(pid: int, process: _Process, number: int) -> None:
+    """Only to the process that was seen: pinned first, then known by its start, so that no reused pid is hit."""
+    with suppress(ProcessLookupError):
+        pidfd = os.pidfd_open(pid)
+        try:
+            now = _process(pid)
+            if now is not None and now.started == process.started:
+                signal.pidfd_send_signal(pidfd, number)
+        finally:
+            os.close(pidfd)
 
 
 def _memory(pid: int, process: _Process) -> int:
