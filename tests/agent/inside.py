@@ -12,6 +12,7 @@ import os
 import resource
 import socket
 
+from fumehood.agent import python
 from fumehood.agent.serve import serve
 from fumehood.runtime.native import capabilities
 from fumehood.runtime.native import syscalls as sc
@@ -52,6 +53,7 @@ if __name__ == "__main__":
     parser.add_argument("home")
     parser.add_argument("--init", action="store_true")
     parser.add_argument("--disk", type=int)
+    parser.add_argument("--preload", action="store_true", help="as a zygote does, so that sessions start fast")
     parser.add_argument("--open-files", type=int)
     parser.add_argument("--fail-confine", action="store_true")
     parser.add_argument("--prestart", action="append", default=[])
@@ -62,6 +64,8 @@ if __name__ == "__main__":
         sc.mount("tmpfs", "/tmp", "tmpfs", data=f"size={args.disk}")
         os.mkdir(args.home)
     capabilities.drop_all()
+    if args.preload:
+        python.preload(())
     if args.open_files:
         resource.setrlimit(resource.RLIMIT_NOFILE, (args.open_files, args.open_files))
     last_step = refuse if args.fail_confine else confine

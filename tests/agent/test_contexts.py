@@ -26,6 +26,13 @@ def frame(stream, kind, value):
 """
 
 
+@pytest.fixture
+def agent(start_agent: StartAgent) -> Client:
+    client = start_agent("--preload")
+    client.hello()
+    return client
+
+
 def outcome(answer: Answer) -> str:
     assert answer.ok is not None, answer.error
     return answer.ok["outcome"]
@@ -147,7 +154,6 @@ def test_an_interrupt_stops_the_run_and_keeps_the_state(agent: Client) -> None:
 
 
 def test_cancel_interrupts_a_run_and_drops_a_queued_one(agent: Client) -> None:
-    agent.run("1 / 0")  # the first traceback takes longer than the grace of a cancel
     running = started(agent, "import time; time.sleep(100)")
     queued = agent.open("context.run", code="print('never')")
     agent.send(queued, wire.CANCEL)

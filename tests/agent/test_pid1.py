@@ -118,6 +118,15 @@ def test_a_host_that_breaks_the_protocol_is_not_served(
     assert "BadFrame" in capfd.readouterr().err
 
 
+def test_a_bind_that_is_not_possible_here_is_said_and_binds_nothing(init: Client) -> None:
+    for late in ({"clock_s": 1_700_000_000}, {"entropy": "AAAA"}):
+        error = init.call("bind", env={"BOUND": "1"}, **late).error
+        assert error is not None and error["code"] == "unsupported"
+    error = init.call("bind", entropy="no base64!").error
+    assert error is not None and error["code"] == "invalid"
+    assert init.sh("echo -$BOUND-").stdout == "--\n"
+
+
 def test_confine_that_fails_runs_nothing(start_agent: StartAgent, capfd: pytest.CaptureFixture[str]) -> None:  # H13
     agent = start_agent("--fail-confine")
     agent.hello()

@@ -23,7 +23,7 @@ from .process import ending
 
 RECV_BYTES = 1 << 16
 MAX_DESCRIPTORS = 4
-REAP_GRACE_S = 0.1
+REAP_GRACE_S = 1.0  # an orphan becomes our child and is reaped at once; who claimed a stranger's pid is not waited for
 DONT_WAIT = socket.MSG_DONTWAIT  # not O_NONBLOCK: who sent us a socket may keep a copy and clear the shared flag
 EVENT_TYPES = ("count", "result", "error")  # tuples: `in` a set would hash what user code sent, and lists have no hash
 ERROR_CODES = ("invalid", "not_found", "unsupported", "internal")
@@ -198,7 +198,6 @@ class Link:
         self._deaf = True
         self._loop.forget(self._control.fileno())
         self.kill(reason)
-        # A woken twin may be no child of ours: then nothing more will be heard of it.
         self._loop.later(REAP_GRACE_S, self._died)
 
     def _mourn(self) -> Task:

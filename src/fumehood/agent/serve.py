@@ -61,12 +61,12 @@ class Args:
     def __init__(self, value: dict[str, Any], home: str) -> None:
         self._value, self._home = value, home
 
-    def get(self, name: str, kind: type, default: Any = _ABSENT) -> Any:
+    def get(self, name: str, kind: type | tuple[type, ...], default: Any = _ABSENT) -> Any:
         value = self._value.get(name, default)
         if value is _ABSENT:
             raise Refused("invalid", f"{self._value.get('verb')} needs {name!r}")
         if value is not default and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)):
-            raise Refused("invalid", f"{name!r} must be of type {kind.__name__}, not {value!r:.40}")
+            raise Refused("invalid", f"{name!r} must be {_spell(kind)}, not {value!r:.40}")
         return value
 
     def path(self, name: str, default: Any = _ABSENT) -> str:
@@ -175,12 +175,15 @@ class Agent:
 
     # -- verbs with more than one line
     def _bind(self, stream: Stream, args: Args) -> None:
-        self._bound.update(args.env())
-        clock_s, entropy = args.get("clock_s", float, None), args.get("entropy", str, "")
-        if clock_s is not None:
-            time.clock_settime(time.CLOCK_REALTIME, clock_s)
-        if entropy:
-            _reseed(entropy)
+        env, clock_s, entropy = args.env(), args.get("clock_s", (int, float), None), args.get("entropy", str, "")
+        try:
+            if clock_s is not None:
+                time.clock_settime(time.CLOCK_REALTIME, clock_s)
+            if entropy:
+                _reseed(entropy)
+        except PermissionError as e:
+            raise Refused("unsupported", f"clock and entropy are the host's in this tier: {e}", "EPERM") from None
+        self._bound.update(env)
         stream.end({})
 
     def _exec_start(self, stream: Stream, args: Args) -> None:
@@ -203,6 +206,10 @@ class Agent:
         id, language = args.get("id", str, None), args.get("language", str, "python")
         context = self.contexts.find(id) if id is not None else self.contexts.default(language)
         self.contexts.run(stream, context, args.get("code", str), {**self._bound, **args.env()})
+
+
+def _spell(kind: type | tuple[type, ...]) -> str:
+    return " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
 
 
 def _done(_: None) -> dict[str, Any]:
