@@ -103,3 +103,12 @@ def test_a_program_names_nothing_that_it_does_not_bring_along(attempt: Attempt) 
         bound |= {n.name for n in ast.walk(tree) if isinstance(n, ast.ExceptHandler) and n.name}
         bound |= {a.vararg.arg for a in ast.walk(tree) if isinstance(a, ast.arguments) and a.vararg}
         assert set(_names(tree)) <= bound | set(dir(builtins)), set(_names(tree)) - bound
+
+
+def test_without_a_sandbox_nothing_counts_as_contained(command: list[str]) -> None:
+    done = subprocess.run(
+        [*command, "demo", "escape", "--json", "--tier", "microvm"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode in (125, 126)
+    assert "attempts" not in json.loads(done.stdout)
+    assert done.stderr.startswith("error: ")

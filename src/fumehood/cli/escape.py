@@ -13,7 +13,7 @@ from fumehood.cli import exits, files
 from fumehood.client.sandbox import AsyncSandbox
 from fumehood.demo import host as hosts
 from fumehood.demo.escapes import ATTEMPTS, Attempt, Check, program
-from fumehood.errors import FileFault, FumehoodError, NotFound
+from fumehood.errors import AgentUnresponsive, FileFault, NotFound, SandboxGone, WireError
 from fumehood.model import MIB, Result
 
 LIMITS = {"memory_bytes": 256 * MIB, "disk_bytes": 32 * MIB, "pids": 64, "inodes": 4096, "timeout_s": 8,
@@ -47,9 +47,10 @@ async def escape(as_json: bool, tier: str) -> int:
 
 
 async def judge(attempt: Attempt, host: hosts.Host, tier: str = "auto") -> Verdict:
+    """Raises FumehoodError if there could be no sandbox: then nothing was tried, and nothing is proven."""
     try:
         result, seen = await _try(attempt, host, tier)
-    except FumehoodError as e:
+    except (SandboxGone, WireError, AgentUnresponsive) as e:
         # The attempt took its own sandbox down: contained only where the table expects that.
         kind = "contained" if "killed" in attempt.ends else "unproven"
         return Verdict(attempt.name, attempt.hazard, kind, attempt.barrier, e.code, (e.message, e.cause))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from fumehood.cli import exits, files
-from fumehood.errors import InvalidInput
+from fumehood.errors import InvalidInput, SandboxGone
 from fumehood.model import Result
 
 if TYPE_CHECKING:
@@ -131,7 +131,10 @@ _ADVICE: dict[str, str] = {
 
 async def _collect(box: AsyncSandbox, result: Result, out: Path) -> None:
     paths = [change.path for change in result.changes if change.kind != "removed"]
-    files.report(await files.copy_out(box, paths, out))
+    try:
+        files.report(await files.copy_out(box, paths, out))
+    except SandboxGone as e:  # the program took its sandbox along; its Result is still worth showing
+        files.report([f"no file was copied out: {e.message}"])
     pictures = [(kind, value) for shown in result.results for kind, value in shown.data.items() if kind in _PICTURES]
     for number, (kind, value) in enumerate(pictures, 1):
         files.write_plain(out, (f"figure-{number}.{_PICTURES[kind]}",), _picture_bytes(kind, value))

@@ -78,7 +78,7 @@ def write_through() -> None:
 
 def poison_interpreter() -> None:
     for path in (os.path.realpath(sys.executable), os.__file__, re.__file__, "/proc/self/exe"):
-        denied(f"write {path}", os.open, path, os.O_RDWR, also=("ETXTBSY",))
+        denied(f"write {path}", os.open, path, os.O_RDWR, also=("ETXTBSY", "ENOENT"))
     folder = os.path.dirname(os.__file__)
     denied(f"create in {folder}", os.mkdir, f"{folder}/fumehood_breach")
     denied(f"unlink {os.__file__}", os.unlink, os.__file__)

@@ -151,9 +151,9 @@ def thread_bomb() -> None:
 
 def memory_anonymous() -> None:
     hoard: list[bytearray] = []
-    for _ in range(256):
+    for _ in range(64):
         hoard.append(bytearray(b"x") * (16 << 20))
-    breach("4 GiB of memory")
+    breach("1 GiB of memory")
 
 
 def memory_tmpfs() -> None:
@@ -169,9 +169,9 @@ def memory_tmpfs() -> None:
 
 def memory_memfd() -> None:
     fd = os.memfd_create("hoard")
-    for _ in range(4096):
+    for _ in range(1024):
         os.write(fd, b"x" * (1 << 20))
-    breach("4 GiB in a memfd")
+    breach("1 GiB in a memfd")
 
 
 def memory_pipes() -> None:
