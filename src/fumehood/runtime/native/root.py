@@ -177,6 +177,8 @@ def build(scratch: str, package: str, template: Mapping[str, Any], prefixes: Seq
     _place(scratch, package, f"{SUPPORT}/lib/fumehood")
     _synthesise(scratch, proc_files() | {f"{SUPPORT}/nothing": ""})
     _devices(scratch)
+    # For what libraries write while they are preloaded (matplotlib's font list); every sandbox mounts its own over it.
+    sc.mount("tmpfs", f"{scratch}/tmp", "tmpfs", sc.MS_NOSUID | sc.MS_NODEV, "mode=1777,size=64m,nr_inodes=4k")
     # The kernel lets a later user namespace mount its own /proc only where a fully visible one exists (mount_too_revealing).
     sc.mount("proc", f"{scratch}/proc", "proc", sc.MS_NOSUID | sc.MS_NODEV | sc.MS_NOEXEC)
     # pivot_root(".", ".") stacks the old root on the new one; detaching it needs no directory of its own (pivot_root(2)).
