@@ -30,7 +30,7 @@ def test_output_is_streamed_and_the_last_expression_shown_as_in_a_notebook(fumeh
         ("import os\nwhile True: os.write(1, b'x' * 65536)", [], 137),
     ],
 )
-def test_the_exit_code_says_how_it_ended(fumehood: Run, code: str, options: list[str], expected: int) -> None:  # M4
+def test_the_exit_code_says_how_it_ended(fumehood: Run, code: str, options: list[str], expected: int) -> None:  # H21
     done = fumehood("run", "-c", code, *options)
     assert done.returncode == expected, done.stderr
 

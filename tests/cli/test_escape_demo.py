@@ -31,7 +31,7 @@ def report(command: list[str]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("attempt", ATTEMPTS, ids=lambda a: f"{a.hazard}-{a.name}")
-def test_an_attempt_to_escape_is_contained(attempt: Attempt, report: dict[str, Any]) -> None:  # M2, H4-H25
+def test_an_attempt_to_escape_is_contained(attempt: Attempt, report: dict[str, Any]) -> None:  # M1 M6 M24, H4-H25
     found = next(v for v in report["attempts"] if v["attempt"] == attempt.name)
     assert found["outcome"] == "contained", found
 

@@ -1,4 +1,4 @@
-# pyright: basic
+# pyright: basic, reportUnusedExpression=false
 import matplotlib.pyplot as plt
 import pandas as pd
 
