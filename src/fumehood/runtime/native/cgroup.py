@@ -222,7 +222,10 @@ class Group:
         return not signalled
 
     def remove(self, timeout_s: float = 2.0) -> None:
-        """Remove the directories, last made first. Idempotent. Raises InvalidTransition while a process lives inside."""
+        """Remove the directories, last made first, and the counts with them: take a reading before. Idempotent.
+
+        Raises InvalidTransition while a process lives inside.
+        """
         while self._directories:
             self._directories[-1].remove(timeout_s)
             self._directories.pop()
