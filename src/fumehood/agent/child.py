@@ -37,13 +37,13 @@ def settle_as_init(*, traceable: bool = False) -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     if os.getpid() != 1:
         prctl(PR_SET_CHILD_SUBREAPER, 1)
-    # Opened before dumpable goes to 0, which gives /proc/self to root. Best effort: /proc may be read-only here, and user
-    # code can lower the value again to where it began (oom_score_adj_min): it makes the kernel prefer user code to the
-    # agent, the cgroup limit is what holds.
+    # Dumpable for this one open(): the change of uid took that away, and /proc/self with it. No user code exists yet.
+    # Best effort: Landlock or a read-only /proc may forbid it, and user code can lower the value again to where it began
+    # (oom_score_adj_min): it makes the kernel prefer user code to the agent, the cgroup limit is what holds.
+    prctl(PR_SET_DUMPABLE, 1)
     with contextlib.suppress(OSError):
         _oom_fd = os.open("/proc/self/oom_score_adj", os.O_RDWR | os.O_CLOEXEC)
-    if not traceable:
-        prctl(PR_SET_DUMPABLE, 0)  # H16: user code has our uid and must not open /proc/1/mem or trace us
+    prctl(PR_SET_DUMPABLE, int(traceable))  # 0, H16: user code has our uid and must not open /proc/1/mem or trace us
 
 
 def fork(main: Callable[[], NoReturn], stdio: Sequence[int]) -> int:
