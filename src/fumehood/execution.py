@@ -146,6 +146,7 @@ async def follow(link: Link, stream: Stream, capture: Capture, timeout_s: float,
         raise
     if done.ended in ("timeout", "output_limit"):
         await _stop(link, stream, capture, kill)
+        done.end = stream.ok  # what was changed until then is still the caller's
     done.execute_s = time.monotonic() - done.started_at
     return done
 

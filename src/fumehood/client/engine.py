@@ -65,10 +65,18 @@ class Engine:
         atexit.unregister(self.close)
         if not self._thread.is_alive():
             return
-        self.submit(self.supervisor.aclose()).result()
+        self.submit(self._end()).result()
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join()
         self.loop.close()
+
+    async def _end(self) -> None:
+        """What is still under way first: a creation that was cancelled has things to give back."""
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await self.supervisor.aclose()
 
 
 def _native(config: Config) -> Runtime:

@@ -97,6 +97,19 @@ class Stream:
         self._link.forget(self.number)
 
 
+def setup_failure(data: bytes) -> SetupFailed:
+    """What a sandbox said instead of going on: a HELLO frame, if it could still speak."""
+    try:
+        return _setup_failed(wire.Decoder().feed(data)[0].json())
+    except (wire.BadFrame, IndexError):
+        return SetupFailed("the sandbox could not be set up", cause="it ended without a word")
+
+
+def _setup_failed(hello: dict[str, Any]) -> SetupFailed:
+    failed = wire.table(hello.get("setup_failed"))
+    return SetupFailed(f"step {failed.get('step')} of the recipe failed", cause=str(failed.get("message")))
+
+
 def _error(error: dict[str, Any]) -> FumehoodError:
     code, message = str(error.get("code")), str(error.get("message"))[:4096]
     details = {"errno": str(error["errno"])[:32]} if "errno" in error else {}
@@ -129,8 +142,8 @@ class Link:
         if frame.kind != wire.HELLO:
             raise WireError("the agent's first frame is not HELLO")
         self.hello = self.checked_json(frame)
-        if failed := wire.table(self.hello.get("setup_failed")):
-            raise SetupFailed(f"step {failed.get('step')} of the recipe failed", cause=str(failed.get("message")))
+        if "setup_failed" in self.hello:
+            raise _setup_failed(self.hello)
         generation = self.hello.get("generation")
         if not isinstance(generation, int) or generation < wire.GENERATION:
             raise WireError(f"the agent speaks generation {generation!r}, this host needs {wire.GENERATION}")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Protocol
 
 from fumehood.config import Config
+from fumehood.errors import SetupFailed
 from fumehood.model import Limits, Usage
 from fumehood.runtime.base import Stats
 from fumehood.runtime.native import cgroup, cgroup_layout, watchdog
@@ -20,7 +22,8 @@ _SAMPLE_S = 0.05
 class Account(Protocol):
     """Bounds, counts, freezes. `close()` only after every process is gone."""
 
-    def attach(self, pid: int) -> None: ...
+    def doors(self) -> AbstractContextManager[list[int]]: ...
+    def entered(self, pid: int) -> None: ...
     def reading(self) -> Stats: ...
     def freeze(self) -> None: ...
     def thaw(self) -> None: ...
@@ -31,7 +34,12 @@ class Account(Protocol):
 class GroupAccount:
     def __init__(self, group: cgroup.Group) -> None:
         self._group = group
-        self.attach, self.reading, self.thaw, self.apply = group.attach, group.reading, group.thaw, group.apply
+        self.doors, self.reading, self.thaw, self.apply = group.doors, group.reading, group.thaw, group.apply
+
+    def entered(self, pid: int) -> None:
+        """Raises SetupFailed unless the kernel lists `pid` in every group (H13)."""
+        if not self._group.holds(pid):
+            raise SetupFailed("the sandbox is not in its cgroups", remediation="run `fumehood doctor`")
 
     def freeze(self) -> None:
         self._group.freeze()
@@ -50,7 +58,10 @@ class WatchAccount:
         self._task: asyncio.Task[None] | None = None
         self._ooms = 0
 
-    def attach(self, pid: int) -> None:
+    def doors(self) -> AbstractContextManager[list[int]]:
+        return nullcontext([])
+
+    def entered(self, pid: int) -> None:
         self._watch = watchdog.Watch(pid, self._limits)
         self._task = asyncio.create_task(self._guard(os.pidfd_open(pid)))
 

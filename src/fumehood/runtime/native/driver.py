@@ -13,10 +13,11 @@ from contextlib import AsyncExitStack
 from typing import Any
 
 from fumehood.config import Config
-from fumehood.errors import ProtectionUnavailable, SetupFailed
+from fumehood.errors import AgentUnresponsive, ProtectionUnavailable
 from fumehood.events import Event, ZygoteLost
 from fumehood.model import Limits, Protection, SandboxSpec, Template
 from fumehood.runtime.base import Capabilities, Stats, missing
+from fumehood.runtime.link import setup_failure
 from fumehood.runtime.native import accounting, journal, protections, seccomp, seccomp_install
 from fumehood.runtime.native.listeners import Listeners
 from fumehood.runtime.native.root import UID
@@ -137,16 +138,13 @@ class NativeRuntime:
             pidfd = os.pidfd_open(pid)
             undo.callback(os.close, pidfd)
             undo.push_async_callback(_end, pidfd, account)
-            account.attach(pid)
             if uid is not None:
                 _write_maps(pid, uid)
-            plan = json.dumps(self._plan(spec) | self.switches).encode()
-            channel.setblocking(True)
-            channel.settimeout(self._config.agent_timeout_s)
-            channel.sendall(len(plan).to_bytes(4, "big") + plan)
-            channel.setblocking(False)
+            with account.doors() as doors:
+                _send_plan(channel, self._plan(spec) | self.switches, doors, self._config.agent_timeout_s)
             disk_fd = await self._receive_disk(channel)
             undo.callback(os.close, disk_fd)
+            account.entered(pid)  # before the first byte of a caller's: the child's word that it did is no proof
             handle = NativeHandle(sandbox_id, pidfd, channel, disk_fd, account)
             handle.protections = self.protections
             handle._undo = undo.pop_all()  # pyright: ignore[reportPrivateUsage]
@@ -154,14 +152,15 @@ class NativeRuntime:
 
     async def _receive_disk(self, channel: socket.socket) -> int:
         """The sandbox's file system as a descriptor, for its free space only; or the failure of an earlier step."""
-        async with asyncio.timeout(self._config.agent_timeout_s):
-            await readable(channel.fileno())
-        mark, fds, _flags, _address = socket.recv_fds(channel, 1, 1)
-        if mark == b"d" and fds:
-            return fds[0]
-        await asyncio.sleep(0.01)
-        said = channel.recv(4096) if mark else b""
-        raise SetupFailed("the sandbox could not be set up", cause=said[8:].decode(errors="replace") or "it ended silently")
+        try:
+            async with asyncio.timeout(self._config.agent_timeout_s):
+                await readable(channel.fileno())
+                mark, fds, _flags, _address = socket.recv_fds(channel, 1, 1)
+                if mark == b"d" and fds:
+                    return fds[0]
+                raise setup_failure(mark + await asyncio.get_running_loop().sock_recv(channel, 8192))
+        except TimeoutError:
+            raise AgentUnresponsive("the sandbox's set-up did not end in time") from None
 
     def _plan(self, spec: SandboxSpec) -> dict[str, Any]:
         return {
@@ -180,10 +179,13 @@ class NativeRuntime:
 
     def _filter(self, spec: SandboxSpec) -> tuple[str, Callable[[bytes], int]]:
         """The policy program as the plan carries it, and what its refusals are answered with; compiled once for each."""
-        key = json.dumps(spec.seccomp, sort_keys=True)
+        profile = spec.seccomp
+        if not accounting.has_groups(self._layout):  # nobody would count the memory behind these
+            profile = seccomp.refusing(profile, ("memfd_create", "memfd_secret", "shmget"))
+        key = json.dumps(profile, sort_keys=True)
         if key not in self._filters:
-            program = b64encode(seccomp.compile_policy(spec.seccomp)).decode()
-            self._filters[key] = program, seccomp.refused_errno(spec.seccomp)
+            program = b64encode(seccomp.compile_policy(profile)).decode()
+            self._filters[key] = program, seccomp.refused_errno(profile)
         return self._filters[key]
 
     async def aclose(self) -> None:
@@ -198,6 +200,14 @@ class NativeRuntime:
 
 def _uid_block(config: Config) -> UidBlock:
     return UidBlock(config.run_dir / "uids", config.uid_base, config.uid_count_per_supervisor)
+
+
+def _send_plan(channel: socket.socket, plan: dict[str, Any], doors: list[int], timeout_s: float) -> None:
+    data = json.dumps(plan).encode()
+    channel.settimeout(timeout_s)
+    socket.send_fds(channel, [len(data).to_bytes(4, "big")], doors)
+    channel.sendall(data)
+    channel.setblocking(False)
 
 
 def _rlimits(limits: Limits, *, rootless: bool) -> dict[str, int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Sequence
+from functools import cache
 
 from fumehood.runtime.native import syscalls as sc
 from fumehood.runtime.native.root import HOME, SUPPORT, UID, bind, set_read_only
@@ -33,19 +34,23 @@ def disk(size_bytes: int, inodes: int) -> int:
     return fd
 
 
+@cache
+def _proc_masks() -> tuple[tuple[str, str], ...]:
+    """(source, target) of every mask: what a newer kernel adds is masked too (H23). Worked out once, in the zygote."""
+    names = [n for n in os.listdir("/proc") if not n.isdigit() and n not in _PROC_KEPT and n != "meminfo"]
+    return tuple((f"{SUPPORT}/proc/{n}" if n in _PROC_OWN else _nothing(f"/proc/{n}"), f"/proc/{n}") for n in sorted(names))
+
+
+def prepare() -> None:
+    _proc_masks()
+
+
 def proc(memory_bytes: int) -> None:
-    """A /proc of this pid namespace with an allow-list: what a newer kernel adds is masked too (H23)."""
+    """A /proc of this pid namespace with an allow-list of what is readable."""
     sc.mount("proc", "/proc", "proc", _FLAGS | sc.MS_NOEXEC)
-    for name in os.listdir("/proc"):
-        if name.isdigit() or name in _PROC_KEPT:
-            continue
-        own = f"{SUPPORT}/proc/{name}"
-        if name == "meminfo":
-            sc.mount(_meminfo(memory_bytes), "/proc/meminfo", flags=sc.MS_BIND)
-        elif name in _PROC_OWN:
-            sc.mount(own, f"/proc/{name}", flags=sc.MS_BIND)
-        else:
-            mask(f"/proc/{name}")
+    sc.mount(_meminfo(memory_bytes), "/proc/meminfo", flags=sc.MS_BIND)
+    for source, target in _proc_masks():
+        sc.mount(source, target, flags=sc.MS_BIND)
 
 
 def _meminfo(memory_bytes: int) -> str:
@@ -66,9 +71,12 @@ def _meminfo(memory_bytes: int) -> str:
     return path
 
 
+def _nothing(path: str) -> str:
+    return f"{SUPPORT}/empty" if stat.S_ISDIR(os.stat(path).st_mode) else f"{SUPPORT}/nothing"
+
+
 def mask(path: str) -> None:
-    source = f"{SUPPORT}/empty" if stat.S_ISDIR(os.stat(path).st_mode) else f"{SUPPORT}/nothing"
-    sc.mount(source, path, flags=sc.MS_BIND)
+    sc.mount(_nothing(path), path, flags=sc.MS_BIND)
 
 
 def terminals() -> None:

@@ -161,7 +161,8 @@ class Listener:
             self._send(call, errno.ENETUNREACH, 0)
         else:
             # Continuing after looking at user memory is a race in general (seccomp_unotify(2)); here nothing depends on
-            # what was read, as the network namespace has no route for any other address either.
+            # what was read, as the network namespace has no route for any other address either. A continued call skips
+            # the floor too, so only calls that the floor lets pass may ever get here.
             self._send(call, 0, _CONTINUE)
 
     def _valid(self, call: Call) -> bool:

@@ -71,7 +71,7 @@ def _integer(value: Any, path: Path, top: int) -> int:
 
 
 def _action(where: Mapping[str, Any], path: Path, key: str, errno_key: str, fallback: int) -> int:
-    name = where.get(key)
+    name = str(where.get(key))
     if name in _ALLOWING:
         return _ALLOWING[name]
     if name not in _REFUSING:
@@ -121,7 +121,7 @@ def _matches(value: Any, path: Path) -> Iterator[bool]:
     if _list(conditions.get("caps"), (*path, "caps")):
         yield False
     if arches := _list(conditions.get("arches"), (*path, "arches")):
-        yield any(a in _OURS for a in arches)
+        yield any(str(a) in _OURS for a in arches)
     if conditions.get("minKernel"):
         yield _kernel(os.uname().release, path) >= _kernel(conditions["minKernel"], (*path, "minKernel"))
 

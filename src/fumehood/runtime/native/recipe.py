@@ -1,9 +1,9 @@
 """The ordered recipe that turns a fresh clone of a zygote into PID 1 of a sandbox. Stdlib only.
 
 Order is security here, and each place has its reason:
-  1 report to the supervisor     it must put us into our cgroups before the cgroup namespace freezes that view as its root
-  2 id maps, then our own uid    a mount of tmpfs or devpts needs mapped ids; every later file is the sandbox user's
-  3 cgroup namespace             after 1
+  1 report to the supervisor     it writes the id maps and hands us the doors of our cgroups
+  2 cgroups, then our own uid    a mount of tmpfs or devpts needs mapped ids; every later file is the sandbox user's
+  3 cgroup namespace             after 2, as it makes the present cgroup the root of the view
   4 host name, loopback          need capabilities that 7 takes
   5 mounts                       /proc last of them: it masks with what the root holds
   6 file rules                   on top of the mounts
@@ -38,6 +38,7 @@ _SIOCSIFFLAGS, _IFF_UP = 0x8914, 1
 
 def preload() -> None:
     """Touch in the zygote what every sandbox needs, so that no fork pays for it."""
+    mounts.prepare()
     json.loads(json.dumps({"a": 1.0}))
     struct.pack("16sH14x", b"lo", _IFF_UP)
 
@@ -58,8 +59,9 @@ def run(channel: socket.socket, announce_fd: int, *, rootless: bool, map_self: C
         if rootless:
             map_self(root.UID, root.UID)
         channel.sendall(b"\0")
-        plan = json.loads(receive(channel, int.from_bytes(receive(channel, 4), "big")))
-        for step, action in _steps(plan, channel):
+        size, doors, _flags, _address = socket.recv_fds(channel, 4, 16)
+        plan = json.loads(receive(channel, int.from_bytes(size, "big")))
+        for step, action in _steps(plan, channel, doors):
             _obey_test(step, plan)
             action()
         step = "agent"
@@ -90,9 +92,10 @@ def _obey_test(step: str, plan: dict[str, Any]) -> None:
         signal.pause()
 
 
-def _steps(plan: dict[str, Any], channel: socket.socket) -> list[tuple[str, Callable[[], object]]]:
+def _steps(plan: dict[str, Any], channel: socket.socket, doors: list[int]) -> list[tuple[str, Callable[[], object]]]:
     skip = frozenset(plan.get("without", ()))  # a test's switch: shows that each barrier is what stops its attack
     steps: list[tuple[str, Callable[[], object]]] = [
+        ("cgroups", lambda: _enter(doors)),
         ("ids", _become_user),
         ("cgroup-namespace", lambda: sc.call(sc.UNSHARE, sc.NEWCGROUP)),
         ("hostname", lambda: _set_hostname(plan["hostname"])),
@@ -108,6 +111,13 @@ def _steps(plan: dict[str, Any], channel: socket.socket) -> list[tuple[str, Call
         ("seccomp-floor", lambda: seccomp_install.install(b64decode(plan["floor"]))),
     ]
     return [s for s in steps if s[0] not in skip]
+
+
+def _enter(doors: list[int]) -> None:
+    """By ourselves: a supervisor that moves us waits for an RCU grace period, 6 ms. Then it asks the kernel whether we did."""
+    for door in doors:
+        os.write(door, b"0")
+        os.close(door)
 
 
 def _become_user() -> None:

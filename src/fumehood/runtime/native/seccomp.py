@@ -10,7 +10,7 @@ import errno
 import json
 import re
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -103,6 +103,14 @@ def _own_rules(profile: Mapping[str, Any] | None) -> list[bpf.Instruction]:
         return list(assemble(*flatten(default_profile() if profile is None else profile)))
     except Fault as e:
         raise e.error("given as an object", None) from None
+
+
+def refusing(profile: Mapping[str, Any] | None, names: Sequence[str]) -> dict[str, Any]:
+    """The profile without any rule for `names`, which are then refused with EPERM."""
+    base = default_profile() if profile is None else profile
+    kept = [entry | {"names": [n for n in entry["names"] if n not in names]} for entry in base.get("syscalls", [])]
+    refused = {"names": list(names), "action": "SCMP_ACT_ERRNO", "errnoRet": errno.EPERM}
+    return {**base, "syscalls": [*(entry for entry in kept if entry["names"]), refused]}
 
 
 def compile_policy(profile: Mapping[str, Any] | None) -> bytes:

@@ -20,7 +20,6 @@ from fumehood.runtime.native import syscalls
 RENDEZVOUS = 0x66756D65
 ANNOUNCEMENT = struct.Struct("!I")
 _SET_MODE_FILTER, _NEW_LISTENER, _WAIT_KILLABLE_RECV = 1, 8, 32
-_PR_SET_DUMPABLE = 4
 
 
 class _Program(ctypes.Structure):
@@ -47,7 +46,7 @@ def install_with_listener(program: bytes, channel: int) -> None:
     user code never holds it. The process must be single-threaded: the listener's number is foretold.
     """
     # pidfd_getfd by a supervisor that is not root asks for a dumpable target (ptrace(2), access mode checking).
-    syscalls.prctl(_PR_SET_DUMPABLE, 1)
+    syscalls.prctl(syscalls.PR_SET_DUMPABLE, 1)
     lowest = os.dup(channel)
     expected = min(lowest, channel)  # what is the lowest free one when both are closed
     try:
