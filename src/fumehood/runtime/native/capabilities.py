@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import struct
+from functools import cache
 
 from fumehood.runtime.native import syscalls
 
@@ -16,8 +17,9 @@ _SECUREBITS = 0x01 | 0x02 | 0x04 | 0x08 | 0x20 | 0x40 | 0x80
 _LAST_POSSIBLE = 63
 
 
-def _known() -> list[int]:
-    """The capabilities of this kernel, asked without /proc."""
+@cache
+def _known() -> tuple[int, ...]:
+    """The capabilities of this kernel, asked without /proc; in a zygote once for all its forks."""
     known: list[int] = []
     for number in range(_LAST_POSSIBLE + 1):
         try:
@@ -27,7 +29,7 @@ def _known() -> list[int]:
                 raise
             break
         known.append(number)
-    return known
+    return tuple(known)
 
 
 def current() -> dict[str, int]:
@@ -48,27 +50,26 @@ def current() -> dict[str, int]:
     }
 
 
-def drop_all() -> dict[str, int]:
-    """Empties all five sets and locks the securebits; returns `current()`. Raises OSError if anything could be left.
+def drop_all() -> None:
+    """Empties all five sets and locks the securebits. Raises OSError if anything could be left.
 
     Order: securebits and the bounding set need CAP_SETPCAP, so they go before the permitted set. A caller that never
     had it keeps a bounding set, which no_new_privs makes worthless; without no_new_privs that is refused.
     """
-    before = current()
     try:
         syscalls.prctl(_PR_SET_SECUREBITS, _SECUREBITS)
         for number in _known():
             syscalls.prctl(syscalls.PR_CAPBSET_DROP, number)
     except PermissionError:
-        if not before["no_new_privs"]:
+        if not syscalls.prctl(PR_GET_NO_NEW_PRIVS):
             raise
     syscalls.prctl(syscalls.PR_CAP_AMBIENT, syscalls.PR_CAP_AMBIENT_CLEAR_ALL)
     header = ctypes.create_string_buffer(struct.pack("=Ii", _VERSION_3, 0), 8)
     syscalls.call(syscalls.CAPSET, header, ctypes.create_string_buffer(24))
-    after = current()
-    if any(after[name] for name in ("effective", "permitted", "inheritable", "ambient")):
-        raise OSError(errno.EPERM, f"capabilities are left: {after}")
-    return after
+    left = ctypes.create_string_buffer(24)  # the ambient set is a subset of two of these three (capabilities(7))
+    syscalls.call(syscalls.CAPGET, header, left)
+    if any(left.raw):
+        raise OSError(errno.EPERM, f"capabilities are left: {left.raw.hex()}")
 
 
 def no_new_privs() -> None:

@@ -39,6 +39,7 @@ _SIOCSIFFLAGS, _IFF_UP = 0x8914, 1
 def preload() -> None:
     """Touch in the zygote what every sandbox needs, so that no fork pays for it."""
     mounts.prepare()
+    capabilities.current()
     json.loads(json.dumps({"a": 1.0}))
     struct.pack("16sH14x", b"lo", _IFF_UP)
 
