@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 import subprocess
@@ -136,10 +137,12 @@ def start_agent() -> Iterator[StartAgent]:
 
     def start(*arguments: str) -> Client:
         homes.append(home := Path(tempfile.mkdtemp(prefix="home-")).resolve())
+        homes.append(temporary := Path(tempfile.mkdtemp(prefix="tmp-")).resolve())  # checkpoints end with their sandbox
         mine, theirs = socket.socketpair()
         with theirs:
             command = [sys.executable, str(Path(__file__).parent / "inside.py"), str(theirs.fileno()), str(home)]
-            process = subprocess.Popen([*command, *arguments], pass_fds=[theirs.fileno()])
+            environ = {**os.environ, **({} if "--disk" in arguments else {"TMPDIR": str(temporary)})}
+            process = subprocess.Popen([*command, *arguments], pass_fds=[theirs.fileno()], env=environ)
         clients.append(Client(home, process, mine))
         return clients[-1]
 
