@@ -9,7 +9,7 @@ import pytest
 
 from fumehood import Sandbox
 from fumehood.errors import SetupFailed
-from fumehood.model import Template
+from fumehood.model import Mount, Template
 
 pytestmark = pytest.mark.rootless
 _PROGRAMS = ("/usr/bin/python3", "/bin/bash", "/bin/ls", "/bin/cat")
@@ -70,3 +70,17 @@ def test_an_image_without_python_says_so(tmp_path: Path) -> None:
     (tmp_path / "usr").mkdir()
     with pytest.raises(SetupFailed, match="no Python 3"), Sandbox(template=Template("empty", root=str(tmp_path))):
         pass
+
+
+def test_what_the_template_shows_below_a_writable_directory_stays_visible_and_read_only(tmp_path: Path) -> None:
+    """A virtual environment may well lie below /tmp or /home/user."""
+    tmp_path.chmod(0o755)  # the sandbox is another uid than root
+    (tmp_path / "file").write_text("host's")
+    mounts = tuple(Mount(str(tmp_path), target) for target in ("/tmp/a/b", "/home/user/c"))
+    with Sandbox(template=Template("below", mounts=mounts)) as box:
+        for m in mounts:
+            assert box.files.read(f"{m.target}/file") == b"host's"
+            assert "Read-only" in box.exec(f"echo x > {m.target}/file").stderr
+        box.files.write("/tmp/own", "x")
+        box.files.write("own", "x")
+    assert (tmp_path / "file").read_text() == "host's"

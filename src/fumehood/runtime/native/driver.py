@@ -20,9 +20,10 @@ from fumehood.runtime.base import Capabilities, Stats, missing
 from fumehood.runtime.link import setup_failure
 from fumehood.runtime.native import accounting, journal, protections, seccomp, seccomp_install
 from fumehood.runtime.native.listeners import Listeners
+from fumehood.runtime.native.mounts import OWN_DIRECTORIES
 from fumehood.runtime.native.root import UID
 from fumehood.runtime.native.uids import UidBlock
-from fumehood.runtime.native.zygotes import Zygote, readable
+from fumehood.runtime.native.zygotes import Zygote, readable, shown_in
 
 
 class NativeHandle:
@@ -167,6 +168,7 @@ class NativeRuntime:
             "hostname": spec.hostname,
             "disk_bytes": spec.limits.disk_bytes,
             "inodes": spec.limits.inodes,
+            "shown": shown_in(spec.template, OWN_DIRECTORIES),
             "memory_bytes": spec.limits.memory_bytes,
             "writable": spec.files.writable,
             "read_only": spec.files.read_only,

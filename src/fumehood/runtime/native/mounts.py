@@ -14,14 +14,19 @@ from functools import cache
 from fumehood.runtime.native import syscalls as sc
 from fumehood.runtime.native.root import HOME, SUPPORT, UID, bind, set_read_only
 
+OWN_DIRECTORIES = (HOME, "/tmp", "/dev/shm")
 _FLAGS = sc.MS_NOSUID | sc.MS_NODEV
 # What of /proc stays: the process directories, what describes only this sandbox, and the files that root.py wrote for it.
 _PROC_KEPT = frozenset({"self", "thread-self", "mounts", "net"})
 _PROC_OWN = ("cpuinfo", "stat", "version", "uptime", "loadavg", "filesystems", "sys")
 
 
-def disk(size_bytes: int, inodes: int) -> int:
-    """One tmpfs for all that the sandbox may write, so that one limit holds for all of it. Returns a descriptor of it."""
+def disk(size_bytes: int, inodes: int, shown: Sequence[str] = ()) -> int:
+    """One tmpfs for all that the sandbox may write, so that one limit holds for all.
+
+    `shown`: paths of the template below those directories, bound again over it. Returns a descriptor of the tmpfs.
+    """
+    held = [(path, os.open(path, os.O_PATH | os.O_CLOEXEC)) for path in shown]
     data = f"size={size_bytes},nr_inodes={inodes},mode=0755,uid={UID},gid={UID}"
     sc.mount("tmpfs", "/tmp", "tmpfs", _FLAGS, data)
     for name, mode in (("home", 0o755), ("shm", 0o1777), ("tmp", 0o1777)):
@@ -30,8 +35,21 @@ def disk(size_bytes: int, inodes: int) -> int:
     fd = os.open("/tmp", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     sc.mount("/tmp/home", HOME, flags=sc.MS_BIND)
     sc.mount("/tmp/shm", "/dev/shm", flags=sc.MS_BIND)
-    sc.mount("/tmp/tmp", "/tmp", flags=sc.MS_BIND)  # last: it covers the other two
+    sc.mount("/tmp/tmp", "/tmp", flags=sc.MS_BIND)  # after these two, which it covers
+    for path, source in held:
+        _show_again(path, source)
     return fd
+
+
+def _show_again(path: str, source: int) -> None:
+    """What the template shows below a directory that now is the sandbox's own, such as a virtual environment in /tmp."""
+    if stat.S_ISDIR(os.fstat(source).st_mode):
+        os.makedirs(path, exist_ok=True)
+    else:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC))
+    sc.mount(f"/proc/self/fd/{source}", path, flags=sc.MS_BIND | sc.MS_REC)
+    os.close(source)
 
 
 @cache

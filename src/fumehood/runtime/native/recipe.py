@@ -101,7 +101,7 @@ def _steps(plan: dict[str, Any], channel: socket.socket, doors: list[int]) -> li
         ("cgroup-namespace", lambda: sc.call(sc.UNSHARE, sc.NEWCGROUP)),
         ("hostname", lambda: _set_hostname(plan["hostname"])),
         ("loopback", _loopback_up),
-        ("disk", lambda: _send_fd(channel, mounts.disk(plan["disk_bytes"], plan["inodes"]))),
+        ("disk", lambda: _send_fd(channel, mounts.disk(plan["disk_bytes"], plan["inodes"], plan["shown"]))),
         ("terminals", mounts.terminals),
         ("proc", lambda: mounts.proc(plan["memory_bytes"])),
         ("file-rules", lambda: mounts.apply_rules(plan["read_only"], plan["hidden"])),

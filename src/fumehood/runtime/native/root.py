@@ -162,6 +162,9 @@ def build(scratch: str, package: str, template: Mapping[str, Any], prefixes: Seq
         f"{SUPPORT[1:]}/empty",
     ):
         os.makedirs(f"{scratch}/{d}", 0o755, exist_ok=True)
+    # For what libraries write while they are preloaded (matplotlib's font list); every sandbox mounts its own over it.
+    # Before the binds: a virtual environment may lie below /tmp.
+    sc.mount("tmpfs", f"{scratch}/tmp", "tmpfs", sc.MS_NOSUID | sc.MS_NODEV, "mode=1777,size=64m,nr_inodes=4k")
     image = template["root"]
     if image is None:
         _synthesise(scratch, {f"/etc/{k}": v for k, v in _ETC.items()})
@@ -177,8 +180,6 @@ def build(scratch: str, package: str, template: Mapping[str, Any], prefixes: Seq
     _place(scratch, package, f"{SUPPORT}/lib/fumehood")
     _synthesise(scratch, proc_files() | {f"{SUPPORT}/nothing": ""})
     _devices(scratch)
-    # For what libraries write while they are preloaded (matplotlib's font list); every sandbox mounts its own over it.
-    sc.mount("tmpfs", f"{scratch}/tmp", "tmpfs", sc.MS_NOSUID | sc.MS_NODEV, "mode=1777,size=64m,nr_inodes=4k")
     # The kernel lets a later user namespace mount its own /proc only where a fully visible one exists (mount_too_revealing).
     sc.mount("proc", f"{scratch}/proc", "proc", sc.MS_NOSUID | sc.MS_NODEV | sc.MS_NOEXEC)
     # pivot_root(".", ".") stacks the old root on the new one; detaching it needs no directory of its own (pivot_root(2)).

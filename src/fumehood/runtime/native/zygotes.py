@@ -11,7 +11,7 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -139,15 +139,21 @@ def _order(template: Template, uid: int | None, scratch: Path) -> dict[str, Any]
         "scratch": str(scratch),
         "package": _PACKAGE,
         "template": asdict(template),
-        "prefixes": list(_prefixes()) if image is None else [],
+        "prefixes": _prefixes() if image is None else [],
         "python": sys.executable if image is None else None,
         "environ": _library_environ(),
     }
 
 
-def _prefixes() -> Iterator[str]:
+def shown_in(template: Template, own: Sequence[str]) -> list[str]:
+    """The paths that the template shows below a directory that each sandbox covers with one of its own."""
+    paths = [*([] if template.root else _prefixes()), *(m.target for m in template.mounts)]
+    return [p for p in paths if any(p.startswith(f"{directory}/") for directory in own)]
+
+
+def _prefixes() -> list[str]:
     """Where this interpreter and its packages lie: the installation, then the virtual environment on top of it."""
-    yield from sorted({sys.base_prefix, sys.base_exec_prefix, sys.prefix, str(Path(sys.executable).resolve().parents[1])})
+    return sorted({sys.base_prefix, sys.base_exec_prefix, sys.prefix, str(Path(sys.executable).resolve().parents[1])})
 
 
 def _library_environ() -> dict[str, str]:
