@@ -145,7 +145,8 @@ print(json.dumps([fds, status['NoNewPrivs'].strip(), os.getpgrp() == os.getpid()
 
 
 def test_an_interrupt_stops_the_run_and_keeps_the_state(agent: Client) -> None:
-    stream = started(agent, "x = 7\nimport time\ntime.sleep(100)")
+    agent.run("x = 7")
+    stream = started(agent, "import time\ntime.sleep(100)")
     agent.ok("context.interrupt", id="python")
     assert outcome(agent.finish(stream)) == "interrupted"
     assert main_text(agent.run("x")) == "7"
