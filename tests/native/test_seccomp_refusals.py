@@ -65,6 +65,7 @@ def test_a_refusal_of_the_policy_outranks_the_floor_so_that_it_is_counted() -> N
     assert (out.report, out.refused) == (-errno.EPERM, [("bpf", "x86_64")])
 
 
+@pytest.mark.root
 @pytest.mark.parametrize("name", NEW_NAMESPACES)
 def test_no_namespace_can_be_made_by_clone(name: str) -> None:
     def clone() -> int:
