@@ -274,7 +274,7 @@ class Result:
     usage: Usage = Usage()
     refused_syscalls: tuple[RefusedSyscall, ...] = ()
     connections: tuple[ConnectionAttempt, ...] = ()
-    protections: tuple[Protection, ...] = ()
+    protections: tuple[Protection, ...] = field(default=(), repr=False)
     timings: Timings = Timings()
     sandbox_id: str = ""
     context: str | None = None

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from fumehood.config import Config
 from fumehood.errors import SetupFailed
-from fumehood.model import Limits, Usage
+from fumehood.model import Limits, Protection, Usage
 from fumehood.runtime.base import Stats
 from fumehood.runtime.native import cgroup, cgroup_layout, watchdog
 from fumehood.runtime.native.cgroup_layout import Layout
@@ -28,6 +28,7 @@ class Account(Protocol):
     def freeze(self) -> None: ...
     def thaw(self) -> None: ...
     def apply(self, limits: Limits) -> None: ...
+    def protections(self) -> tuple[Protection, ...]: ...
     def close(self) -> None: ...
 
 
@@ -35,6 +36,7 @@ class GroupAccount:
     def __init__(self, group: cgroup.Group) -> None:
         self._group = group
         self.doors, self.reading, self.thaw, self.apply = group.doors, group.reading, group.thaw, group.apply
+        self.protections = group.protections
 
     def entered(self, pid: int) -> None:
         """Raises SetupFailed unless the kernel lists `pid` in every group (H13)."""
@@ -96,6 +98,9 @@ class WatchAccount:
 
     def apply(self, limits: Limits) -> None:
         self._limits = limits
+
+    def protections(self) -> tuple[Protection, ...]:
+        return watchdog.protections()
 
     def close(self) -> None:
         self._watch = None

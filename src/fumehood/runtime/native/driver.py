@@ -147,7 +147,7 @@ class NativeRuntime:
             undo.callback(os.close, disk_fd)
             account.entered(pid)  # before the first byte of a caller's: the child's word that it did is no proof
             handle = NativeHandle(sandbox_id, pidfd, channel, disk_fd, account)
-            handle.protections = self.protections
+            handle.protections = protections.of_sandbox(self.protections, account.protections())
             handle._undo = undo.pop_all()  # pyright: ignore[reportPrivateUsage]
             return handle
 

@@ -35,6 +35,12 @@ def probe(layout: Layout, *, rootless: bool) -> tuple[Protection, ...]:
     return tuple(rows)
 
 
+def of_sandbox(host: tuple[Protection, ...], account: tuple[Protection, ...]) -> tuple[Protection, ...]:
+    """The host's rows, those of the accounting as they came out for this sandbox's own limits."""
+    own = {p.name: p for p in account}
+    return tuple(own.get(p.name, p) for p in host)
+
+
 def _landlock() -> Protection:
     version = landlock.abi()
     if not version:
