@@ -197,7 +197,9 @@ def _box(group: list[Any], axes: Any) -> Chart:
     across = [line for line in lines[4:] if len(line) == 2 and line[0, value] == line[1, value]]
     centre = (box[:, place].min() + box[:, place].max()) / 2
     quarter, three_quarters = box[0, value], box[5 if len(box) > 6 else 2, value]  # a notch may reach beyond both
-    fliers = [line for line, artist in zip(lines, group[1:], strict=True) if artist.get_linestyle() == "None"]
+    fliers = [line for line, artist in zip(lines, group[1:], strict=True) if artist.get_linestyle() == "None"][
+        -1:
+    ]  # after a mean
     return {
         "label": _tick_name(axes.xaxis if upright else axes.yaxis, centre),
         "min": _number(min(ends)),

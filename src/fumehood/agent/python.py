@@ -28,6 +28,7 @@ from .streams import open_streams
 
 Emit = Callable[[dict[str, Any]], None]
 _BACKEND = f"module://{__package__}.inline"
+MAX_ERROR_CHARS = 500_000
 _PACKAGE = os.path.dirname(__file__) + os.sep
 _prepared: Python | None = None
 
@@ -160,7 +161,9 @@ class Python:
             value = str(error)
         except Exception as e:  # the user's own __str__
             value = f"<str() of it raised {type(e).__name__}>"
-        self.emit({"type": "error", "name": type(error).__name__, "value": value, "traceback": text})
+        # A frame has to hold both, at up to twelve bytes per character.
+        shown = {"value": value[:MAX_ERROR_CHARS], "traceback": text[-MAX_ERROR_CHARS:]}
+        self.emit({"type": "error", "name": type(error).__name__, **shown})
 
     def _exit(self, error: SystemExit) -> dict[str, Any]:
         status = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
@@ -194,8 +197,10 @@ class Plain(Python):
         name = f"<cell {self.execution_count}>"
         linecache.cache[name] = (len(code), None, code.splitlines(keepends=True), name)
         try:
-            self._cell(code, name)
-            show_figures_left()
+            try:
+                self._cell(code, name)
+            finally:
+                show_figures_left()
         except BaseException as e:
             if not isinstance(e, SystemExit):
                 self.report(e, "".join(traceback.format_exception(type(e), e, user_frames(e.__traceback__))))

@@ -107,7 +107,7 @@ class Session:
         self._stream = stream
         try:
             verbs = {"wake": self._fork} if self._twin else {"run": self._run, "checkpoint": self._fork}
-            verb = verbs.get(cast(str, request.get("verb")))
+            verb = verbs.get(str(request.get("verb")))
             if verb is None:
                 raise Refused("invalid", f"no verb {request.get('verb')!r} here: there is {', '.join(verbs)}")
             verb(request)

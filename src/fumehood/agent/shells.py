@@ -16,8 +16,9 @@ import shlex
 import signal
 import socket
 import subprocess
-import sys
+import time
 from collections.abc import Callable, Generator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from .node import DRIVER
@@ -25,9 +26,7 @@ from .rich import result_event
 
 Emit = Callable[[dict[str, Any]], None]
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
-_AGAIN_S = 0.5  # between one SIGINT and the next: a signal that falls into a fork can be lost
-_MAX_INTERRUPTS = 6
-_SETTLE_S = 0.1
+_GRACE_S = 0.5  # for what SIGINT interrupts to answer, before SIGKILL
 _PR_SET_PDEATHSIG = 1
 _STARTUP_VARIABLES = ("BASH_ENV", "ENV", "PROMPT_COMMAND", "SHELLOPTS", "BASHOPTS", "NODE_OPTIONS")
 _libc = ctypes.CDLL(None)
@@ -57,10 +56,35 @@ def _die_with_session() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+def _ticks() -> int:
+    return int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK"))
+
+
+def _descendants(pid: int, since: int) -> set[int]:
+    """Those of `pid` that started at clock tick `since` or later (proc(5), stat fields 4 and 22)."""
+    born: dict[int, tuple[int, int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            fields = stat.read_text(errors="replace").rpartition(")")[2].split()
+            born[int(stat.parent.name)] = int(fields[1]), int(fields[19])
+    family = {pid}
+    while more := {p for p, (parent, _) in born.items() if parent in family} - family:
+        family |= more
+    return {p for p in family - {pid} if born[p][1] >= since}
+
+
+def _kill_all(pid: int, since: int, spare: bool = False) -> None:
+    """What the interrupted run started and SIGINT did not end, and `pid` unless spared. Jobs of earlier runs stay."""
+    for one in _descendants(pid, since) | (set[int]() if spare else {pid}):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(one, signal.SIGKILL)
+
+
 class _Shell:
     """The part that bash and node share: a lazy child, one run at a time, interrupts, a death in mid-run."""
 
     forkable = False
+    survives = False  # an interrupt
 
     def __init__(self, cwd: str) -> None:
         self.emit: Emit = lambda _event: None
@@ -71,32 +95,23 @@ class _Shell:
     def run(self, code: str, env: Mapping[str, str]) -> dict[str, Any]:
         count = self.execution_count
         self.execution_count += 1
-        interrupts = 0
+        interrupted = False
         child = self._living_child()
-        try:
-            with _no_interrupt():
-                self._channel.sendall(self.request(count, code, env))
-        except BrokenPipeError:
-            pass  # it died this moment: _hear() finds that
+        since = _ticks()
+        with _no_interrupt(), contextlib.suppress(BrokenPipeError):  # dead this moment: _hear() finds that
+            self._channel.sendall(self.request(count, code, env))
         while True:
             try:
-                answer = self._hear(count, child, _AGAIN_S if interrupts else None)
+                answer = self._hear(count, child, _GRACE_S if interrupted else None)
                 break
-            except (KeyboardInterrupt, TimeoutError):
-                interrupts += 1
-                if interrupts > _MAX_INTERRUPTS:
-                    self._give_up(child)
-                self.interrupt(count)
-        if interrupts and answer is not None:
-            self.settle(child)
-        return {"execution_count": count, **self._conclude(answer, interrupts > 0)}
-
-    def _give_up(self, child: subprocess.Popen[bytes]) -> None:
-        child.kill()
-        print("the shell did not survive the interrupt: the next run has a new one, without its variables", file=sys.stderr)
-
-    def settle(self, child: subprocess.Popen[bytes]) -> None:
-        """After an interrupt: make sure that the child is ready for the next run, or gone."""
+            except KeyboardInterrupt:
+                interrupted = True
+                interrupt_group()
+            except TimeoutError:
+                _kill_all(child.pid, since)
+        if interrupted:
+            _kill_all(child.pid, since, spare=self.survives and answer is not None)
+        return {"execution_count": count, **self._conclude(answer, interrupted)}
 
     def _living_child(self) -> subprocess.Popen[bytes]:
         if self._child is None or self._child.poll() is not None:
@@ -123,18 +138,17 @@ class _Shell:
                 ready, _, _ = select.select([self._channel, pidfd], [], [], timeout_s)
                 if not ready:
                     raise TimeoutError
-                data = self._channel.recv(1 << 16) if self._channel in ready else b""
-                if not data and pidfd in ready:
+                data = b""
+                if self._channel in ready:
+                    with contextlib.suppress(ConnectionResetError):  # it died with lines unread
+                        data = self._channel.recv(1 << 16)
+                if not data:
+                    if not select.select([pidfd], [], [], timeout_s)[0]:
+                        raise TimeoutError
                     return None
                 self._rest += data
         finally:
             os.close(pidfd)
-
-    def interrupt(self, count: int) -> None:
-        with _no_interrupt():
-            interrupt_group()
-            with contextlib.suppress(BrokenPipeError):
-                self._channel.sendall(self.nudge(count))
 
     def _conclude(self, answer: bytes | None, interrupted: bool) -> dict[str, Any]:
         """For a child that died of a signal exit_code is 128 + its number, as shells have it."""
@@ -169,79 +183,31 @@ class _Shell:
     def number(self, line: bytes) -> int:
         raise NotImplementedError
 
-    def nudge(self, count: int) -> bytes:
-        """What makes the child answer run `count` though the interrupt fell on the very line that would have."""
-        return b""
-
     def conclude(self, answer: bytes, interrupted: bool) -> dict[str, Any]:
         raise NotImplementedError
 
 
 class Bash(_Shell):
-    """A run's exit_code is the last command's; not 0 is outcome error.
+    """A run's exit_code is the last command's; not 0 is outcome error. An interrupt ends bash and its variables.
 
-    -i, because only an interactive bash gives up the whole run on SIGINT and lives on. Its prompts are empty. It reads the
-    channel as stdin; the user's code has /dev/null there.
+    (An interactive bash would survive it, but a SIGINT near a fork can leave one that hangs in the next run.)
+    It reads the channel as stdin; the user's code has /dev/null there.
     """
 
-    _ARGV = ("bash", "--norc", "--noprofile", "--noediting", "+o", "history", "+o", "histexpand", "-i")
-    # SIGINT may meet a child that bash has forked and that has not called exec yet: it still has bash's handler, goes to
-    # bash's top level and reads our next line. That child dies of SIGINT here, as bash expects of it.
-    _GUARD = "[ $BASHPID = $$ ] || exec sh -c 'kill -INT $$'"
-    _terminal = -1
-    _pings = 0
-
     def start(self, fd: int) -> subprocess.Popen[bytes]:
-        stderr, terminal = os.dup(2), self._some_terminal()
-        try:
-            child = _spawn(self._ARGV, self._cwd, {"PS1": "", "PS2": ""}, fd, (stderr,), terminal)
-        finally:
-            os.close(stderr)
-            os.close(terminal)
-        self._channel.sendall(f"exec 2>&{stderr} {stderr}>&-\n".encode())
-        return child
-
-    def _some_terminal(self) -> int:
-        """At its start -i takes stderr for its terminal: it says there that job control can't work, and restores its
-        settings when a program was killed, loudly if it can't. So stderr is an idle terminal then, the real one later."""
-        if self._terminal >= 0:
-            os.close(self._terminal)
-        try:
-            self._terminal, slave = os.openpty()
-        except OSError:  # no /dev/pts in this sandbox: noisier, no worse
-            self._terminal, slave = -1, os.open(os.devnull, os.O_WRONLY)
-        return slave
+        return _spawn(("bash", "--norc", "--noprofile"), self._cwd, fd, ())
 
     def request(self, count: int, code: str, env: Mapping[str, str]) -> bytes:
         names = [n for n in env if _NAME.match(n)]
         keep = [f'[ -n "${{{n}+x}}" ] && __fumehood_{n}="${n}" || unset __fumehood_{n}' for n in names]
         put = [f"export {n}={shlex.quote(env[n])}" for n in names]
-        self._back = "".join(f'[ -n "${{__fumehood_{n}+x}}" ] && export {n}="$__fumehood_{n}" || unset {n}; ' for n in names)
-        # The answer is a line of its own: SIGINT throws away the line that runs.
+        back = [f'[ -n "${{__fumehood_{n}+x}}" ] && export {n}="$__fumehood_{n}" || unset {n}' for n in names]
         run = f"eval -- {shlex.quote(code)} </dev/null"
-        lines = [*keep, *put, run, f"__fumehood_status=$?; {self._answer(count, '$__fumehood_status')}"]
-        return "\n".join([*lines, ""]).encode(errors="surrogateescape")
-
-    def _answer(self, count: int, status: str) -> str:
-        return f"{self._GUARD}; {self._back}echo {count} {status} >&0"
-
-    def settle(self, child: subprocess.Popen[bytes]) -> None:
-        """SIGINT near a fork can leave a program running, or bash believing in a child that it has already reaped: it then
-        spins in wait(2) at its next fork. So: SIGINT again, until bash forks, waits and answers. One that can't is killed."""
-        with _no_interrupt():
-            for _ in range(10):
-                self._pings -= 1
-                self.interrupt(self._pings)
-                with contextlib.suppress(TimeoutError):
-                    self._hear(self._pings, child, _SETTLE_S)
-                    return
-        self._give_up(child)
+        lines = [*keep, *put, run, "__fumehood_status=$?", *back, f"echo {count} $__fumehood_status >&0", ""]
+        return "\n".join(lines).encode(errors="surrogateescape")
 
     def number(self, line: bytes) -> int:
         return int(line.split()[0])
-
-    def nudge(self, count: int) -> bytes:
-        return f"(:); {self._answer(count, '130')}\n".encode()
 
     def conclude(self, answer: bytes, interrupted: bool) -> dict[str, Any]:
         code = int(answer.split()[1])
@@ -249,8 +215,10 @@ class Bash(_Shell):
 
 
 class Node(_Shell):
+    survives = True
+
     def start(self, fd: int) -> subprocess.Popen[bytes]:
-        return _spawn(("node", "-e", DRIVER, str(fd)), self._cwd, {}, subprocess.DEVNULL, (fd,), None)
+        return _spawn(("node", "-e", DRIVER, str(fd)), self._cwd, subprocess.DEVNULL, (fd,))
 
     def request(self, count: int, code: str, env: Mapping[str, str]) -> bytes:
         return json.dumps({"run": count, "code": code, "env": dict(env)}).encode() + b"\n"
@@ -270,11 +238,7 @@ class Node(_Shell):
         return {"outcome": "ok"}
 
 
-def _spawn(
-    argv: Sequence[str], cwd: str, extra: Mapping[str, str], stdin: int, keep: Sequence[int], stderr: int | None
-) -> subprocess.Popen[bytes]:
+def _spawn(argv: Sequence[str], cwd: str, stdin: int, keep: Sequence[int]) -> subprocess.Popen[bytes]:
     # H8: none of the files and variables that a shell or node runs at its start.
     env = {k: v for k, v in os.environ.items() if k not in _STARTUP_VARIABLES and not k.startswith("BASH_FUNC_")}
-    return subprocess.Popen(
-        argv, stdin=stdin, stderr=stderr, pass_fds=keep, cwd=cwd, env={**env, **extra}, preexec_fn=_die_with_session
-    )
+    return subprocess.Popen(argv, stdin=stdin, pass_fds=keep, cwd=cwd, env=env, preexec_fn=_die_with_session)
