@@ -18,7 +18,8 @@ from fumehood.events import Event, ZygoteLost
 from fumehood.model import Limits, Protection, SandboxSpec, Template
 from fumehood.runtime.base import Capabilities, Stats, missing
 from fumehood.runtime.link import setup_failure
-from fumehood.runtime.native import accounting, journal, protections, seccomp, seccomp_install
+from fumehood.runtime.native import accounting, journal, landlock, protections, seccomp, seccomp_install
+from fumehood.runtime.native.cgroup_tree import step
 from fumehood.runtime.native.listeners import Listeners
 from fumehood.runtime.native.mounts import OWN_DIRECTORIES
 from fumehood.runtime.native.root import UID
@@ -136,12 +137,13 @@ class NativeRuntime:
                     on_event(ZygoteLost(sandbox_id, spec.template.name))
                 raise
             undo.callback(channel.close)
-            pidfd = os.pidfd_open(pid)
+            with step("open a pidfd of the sandbox"):
+                pidfd = os.pidfd_open(pid)
             undo.callback(os.close, pidfd)
             undo.push_async_callback(_end, pidfd, account)
             if uid is not None:
                 _write_maps(pid, uid)
-            with account.doors() as doors:
+            with step("send the plan"), account.doors() as doors:
                 _send_plan(channel, self._plan(spec) | self.switches, doors, self._config.agent_timeout_s)
             disk_fd = await self._receive_disk(channel)
             undo.callback(os.close, disk_fd)
@@ -177,6 +179,8 @@ class NativeRuntime:
             "floor": self._floor,
             "policy": self._filter(spec)[0],
             "prestart": ["python"],
+            # A kernel without Landlock is stated as "off" and may be enough for a spec that does not require it.
+            "without": [] if landlock.abi() else ["landlock"],
         }
 
     def _filter(self, spec: SandboxSpec) -> tuple[str, Callable[[bytes], int]]:
@@ -221,7 +225,7 @@ def _rlimits(limits: Limits, *, rootless: bool) -> dict[str, int]:
 def _write_maps(pid: int, uid: int) -> None:
     """Only a real root may map an id that is not its own; the child could not do this itself (user_namespaces(7))."""
     for name in ("uid_map", "gid_map"):
-        with open(f"/proc/{pid}/{name}", "w") as f:
+        with step(f"write the {name}"), open(f"/proc/{pid}/{name}", "w") as f:
             f.write(f"{UID} {uid} 1")
 
 

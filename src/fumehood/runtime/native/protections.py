@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from fumehood.model import Enforcement, Limits, Protection
-from fumehood.runtime.native import cgroup_protections, landlock, watchdog
+from fumehood.runtime.native import cgroup_protections, confinement, watchdog
 from fumehood.runtime.native.accounting import has_groups
 from fumehood.runtime.native.cgroup_layout import Layout
 
-ENFORCED, DEGRADED, OFF = Enforcement.ENFORCED, Enforcement.DEGRADED, Enforcement.OFF
+ENFORCED, DEGRADED = Enforcement.ENFORCED, Enforcement.DEGRADED
 # Steps of the recipe that fail the whole creation when they fail: there is no sandbox without them.
 _ALWAYS = {
     "pid-namespace": "its own process tree, whose end is the sandbox's",
@@ -19,17 +19,13 @@ _ALWAYS = {
     "cgroup-namespace": "sees its own cgroup as the root",
     "read-only-root": "every bind read-only, nosuid, nodev; only its tmpfs is writable",
     "masked-proc": "an allow-list of /proc; /sys is empty",
-    "seccomp": "floor for the agent, policy for user code, foreign ABIs refused",
-    "syscall-count": "refused calls answered and counted by the supervisor",
-    "no-new-privs": "set-user-ID bits and file capabilities are ignored",
-    "capabilities": "all five sets empty",
     "disk": "one tmpfs limited in bytes and inodes",
 }
 
 
 def probe(layout: Layout, *, rootless: bool) -> tuple[Protection, ...]:
     rows = [Protection(name, ENFORCED, detail) for name, detail in _ALWAYS.items()]
-    rows.append(_landlock())
+    rows += confinement.protections()
     rows.append(_distinct_uid(rootless=rootless))
     rows += _cgroups(layout)
     return tuple(rows)
@@ -39,15 +35,6 @@ def of_sandbox(host: tuple[Protection, ...], account: tuple[Protection, ...]) ->
     """The host's rows, those of the accounting as they came out for this sandbox's own limits."""
     own = {p.name: p for p in account}
     return tuple(own.get(p.name, p) for p in host)
-
-
-def _landlock() -> Protection:
-    version = landlock.abi()
-    if not version:
-        return Protection("landlock", OFF, "this kernel has no Landlock", "boot a kernel of 5.13 or later with lsm=landlock")
-    if version < 6:
-        return Protection("landlock", DEGRADED, f"ABI {version}: no signal and socket scopes", "Linux 6.12 has ABI 6")
-    return Protection("landlock", ENFORCED, f"ABI {version}: writes below the writable paths only")
 
 
 def _distinct_uid(*, rootless: bool) -> Protection:
