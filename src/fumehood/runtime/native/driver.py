@@ -8,18 +8,17 @@ import os
 import signal
 import socket
 from base64 import b64encode
-from collections.abc import Callable
-from contextlib import AsyncExitStack
+from collections.abc import Callable, Generator
+from contextlib import AsyncExitStack, contextmanager
 from typing import Any
 
 from fumehood.config import Config
-from fumehood.errors import AgentUnresponsive, ProtectionUnavailable
+from fumehood.errors import AgentUnresponsive, ProtectionUnavailable, SetupFailed
 from fumehood.events import Event, ZygoteLost
 from fumehood.model import Limits, Protection, SandboxSpec, Template
 from fumehood.runtime.base import Capabilities, Stats, missing
 from fumehood.runtime.link import setup_failure
 from fumehood.runtime.native import accounting, journal, landlock, protections, seccomp, seccomp_install
-from fumehood.runtime.native.cgroup_tree import step
 from fumehood.runtime.native.listeners import Listeners
 from fumehood.runtime.native.mounts import OWN_DIRECTORIES
 from fumehood.runtime.native.root import UID
@@ -137,13 +136,13 @@ class NativeRuntime:
                     on_event(ZygoteLost(sandbox_id, spec.template.name))
                 raise
             undo.callback(channel.close)
-            with step("open a pidfd of the sandbox"):
+            with _step("open a pidfd of the sandbox"):
                 pidfd = os.pidfd_open(pid)
             undo.callback(os.close, pidfd)
             undo.push_async_callback(_end, pidfd, account)
             if uid is not None:
                 _write_maps(pid, uid)
-            with step("send the plan"), account.doors() as doors:
+            with _step("send the plan"), account.doors() as doors:
                 _send_plan(channel, self._plan(spec) | self.switches, doors, self._config.agent_timeout_s)
             disk_fd = await self._receive_disk(channel)
             undo.callback(os.close, disk_fd)
@@ -204,6 +203,14 @@ class NativeRuntime:
         self._instance.close()
 
 
+@contextmanager
+def _step(what: str) -> Generator[None]:
+    try:
+        yield
+    except OSError as e:
+        raise SetupFailed(f"can't {what}", cause=str(e), remediation="try again; if it stays, run `fumehood doctor`") from e
+
+
 def _uid_block(config: Config) -> UidBlock:
     return UidBlock(config.run_dir / "uids", config.uid_base, config.uid_count_per_supervisor)
 
@@ -225,7 +232,7 @@ def _rlimits(limits: Limits, *, rootless: bool) -> dict[str, int]:
 def _write_maps(pid: int, uid: int) -> None:
     """Only a real root may map an id that is not its own; the child could not do this itself (user_namespaces(7))."""
     for name in ("uid_map", "gid_map"):
-        with step(f"write the {name}"), open(f"/proc/{pid}/{name}", "w") as f:
+        with _step(f"write the {name}"), open(f"/proc/{pid}/{name}", "w") as f:
             f.write(f"{UID} {uid} 1")
 
 
