@@ -225,14 +225,15 @@ class Supervisor:
         """A ready sandbox. Raises what Runtime.start raises; nothing is left behind then."""
         started = time.monotonic()
         live = Live("s" + secrets.token_hex(8), spec)
-        live.handle = await self.runtime(tier).start(spec, live.id, live.note)
-        try:
+        async with contextlib.AsyncExitStack() as undo:
+            live.handle = await self.runtime(tier).start(spec, live.id, live.note)
+            undo.push_async_callback(live.handle.aclose)
             live.link = Link(*await live.handle.connect())
+            # Before the handle: a channel closed under its transport leaves the loop watching a number that is reused.
+            undo.push_async_callback(live.link.aclose)
             await live.link.start(self.config.agent_timeout_s)
             await live.link.call("bind", env=dict(spec.env))
-        except BaseException:
-            await live.handle.aclose()
-            raise
+            undo.pop_all()
         live.create_ms = (time.monotonic() - started) * 1e3
         live.state = move(live.state, SandboxState.READY)
         live.expire_after(spec.limits.lifetime_s)

@@ -22,6 +22,7 @@ from fumehood.errors import (
 # Above this a stream's unread frames stop the reading of the whole channel, so that a flood meets the kernel's socket
 # buffer and then blocks its author: a sandbox can make the host hold this much and no more (H15).
 _BUFFERED_BYTES = 8 << 20
+_FRAME_BYTES = 256  # what an unread frame costs beside its payload: eight million frames of a byte are no 8 MiB
 _ERRORS: dict[str, type[FumehoodError]] = {
     "invalid": InvalidInput,
     "unsupported": InvalidInput,
@@ -44,7 +45,7 @@ class Stream:
 
     def _push(self, frame: wire.Frame) -> None:
         self._frames.append(frame)
-        self.buffered_bytes += len(frame.payload)
+        self.buffered_bytes += _FRAME_BYTES + len(frame.payload)
         self._arrived.set()
 
     def __aiter__(self) -> Stream:
@@ -59,7 +60,7 @@ class Stream:
         if self._ended:
             raise StopAsyncIteration
         frame = self._frames.popleft()
-        self.buffered_bytes -= len(frame.payload)
+        self.buffered_bytes -= _FRAME_BYTES + len(frame.payload)
         self._link.room()
         if frame.kind != wire.END:
             return frame
@@ -137,7 +138,7 @@ class Link:
                 frame = await self._read()
         except TimeoutError:
             raise AgentUnresponsive(f"the agent said nothing within {timeout_s} s") from None
-        except asyncio.IncompleteReadError:
+        except (asyncio.IncompleteReadError, ConnectionError):
             raise SandboxGone("the sandbox ended before its agent spoke") from None
         if frame.kind != wire.HELLO:
             raise WireError("the agent's first frame is not HELLO")
