@@ -42,6 +42,7 @@ def read(path):
 """
 # What stops most attacks before the barrier that a test is about.
 FILTERS = ("seccomp-policy", "seccomp-floor")
+INSIDE = "/data/shared"  # where a test shows a directory of the host
 Words = list[str]
 
 

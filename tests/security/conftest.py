@@ -1,6 +1,7 @@
 """The native tier as whoever runs the suite: `make test` runs the tests marked `rootless` a second time as a user."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -11,3 +12,17 @@ from fumehood import Sandbox
 def box() -> Iterator[Sandbox]:
     with Sandbox(tier="native") as sandbox:
         yield sandbox
+
+
+@pytest.fixture
+def shared(tmp_path: Path) -> Path:
+    """A directory of the host's that anybody may write, seen from the file system alone."""
+    for directory in (tmp_path, *tmp_path.parents):
+        if directory.owner() == tmp_path.owner() and directory != Path("/tmp"):
+            directory.chmod(0o755)
+    target = tmp_path / "shared"
+    target.mkdir()
+    target.chmod(0o777)
+    (target / "file").write_text("host")
+    (target / "file").chmod(0o666)
+    return target
