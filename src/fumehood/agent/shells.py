@@ -26,6 +26,7 @@ from .rich import result_event
 
 Emit = Callable[[dict[str, Any]], None]
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
+_LOOK_S = 0.05  # how often a run looks for a pending SIGINT
 _GRACE_S = 0.5  # for what SIGINT interrupts to answer, before SIGKILL
 _PR_SET_PDEATHSIG = 1
 _STARTUP_VARIABLES = ("BASH_ENV", "ENV", "PROMPT_COMMAND", "SHELLOPTS", "BASHOPTS", "NODE_OPTIONS")
@@ -42,17 +43,21 @@ def interrupt_group() -> None:
 
 
 @contextlib.contextmanager
-def _no_interrupt() -> Generator[None]:
-    """Half a request must not stay on the channel."""
+def _interrupt_pending() -> Generator[None]:
+    """SIGINT only becomes pending, to be looked for where it can be acted on: raised elsewhere it would leave the run to
+    go on alone, or half a request on the channel."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
+        if signal.SIGINT in signal.sigpending():
+            signal.sigwait({signal.SIGINT})  # the run has ended: it came too late
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def _die_with_session() -> None:
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -95,23 +100,26 @@ class _Shell:
     def run(self, code: str, env: Mapping[str, str]) -> dict[str, Any]:
         count = self.execution_count
         self.execution_count += 1
-        interrupted = False
         child = self._living_child()
         since = _ticks()
-        with _no_interrupt(), contextlib.suppress(BrokenPipeError):  # dead this moment: _hear() finds that
-            self._channel.sendall(self.request(count, code, env))
-        while True:
-            try:
-                answer = self._hear(count, child, _GRACE_S if interrupted else None)
-                break
-            except KeyboardInterrupt:
-                interrupted = True
-                interrupt_group()
-            except TimeoutError:
-                _kill_all(child.pid, since)
-        if interrupted:
-            _kill_all(child.pid, since, spare=self.survives and answer is not None)
+        with _interrupt_pending():
+            with contextlib.suppress(BrokenPipeError):  # dead this moment: _hear() finds that
+                self._channel.sendall(self.request(count, code, env))
+            answer, interrupted = self._follow(count, child, since)
         return {"execution_count": count, **self._conclude(answer, interrupted)}
+
+    def _follow(self, count: int, child: subprocess.Popen[bytes], since: int) -> tuple[bytes | None, bool]:
+        """The answer (None = the child died) and whether the run was interrupted."""
+        try:
+            return self._hear(count, child, None), False
+        except KeyboardInterrupt:
+            interrupt_group()
+        try:
+            answer = self._hear(count, child, _GRACE_S)
+        except TimeoutError:
+            answer = None
+        _kill_all(child.pid, since, spare=self.survives and answer is not None)
+        return answer if self.survives else None, True
 
     def _living_child(self) -> subprocess.Popen[bytes]:
         if self._child is None or self._child.poll() is not None:
@@ -121,12 +129,14 @@ class _Shell:
             self._rest = b""
         return self._child
 
-    def _hear(self, count: int, child: subprocess.Popen[bytes], timeout_s: float | None = None) -> bytes | None:
+    def _hear(self, count: int, child: subprocess.Popen[bytes], timeout_s: float | None) -> bytes | None:
         """This run's line, or None when the child died: whatever a grandchild still holds open doesn't matter.
 
-        Raises TimeoutError when nothing came for `timeout_s`.
+        Raises KeyboardInterrupt for a SIGINT, and TimeoutError after `timeout_s`, which makes it deaf to SIGINT.
         """
+        limit = None if timeout_s is None else time.monotonic() + timeout_s
         pidfd = os.pidfd_open(child.pid)
+        watched: list[Any] = [self._channel, pidfd]
         try:
             while True:
                 line, newline, rest = self._rest.partition(b"\n")
@@ -134,19 +144,22 @@ class _Shell:
                     self._rest = rest
                     if self.number(line) == count:
                         return line
-                    continue  # the answer of a run that was interrupted twice
-                ready, _, _ = select.select([self._channel, pidfd], [], [], timeout_s)
-                if not ready:
-                    raise TimeoutError
+                    continue  # the late answer of a run that was interrupted
+                ready, _, _ = select.select(watched, [], [], _LOOK_S)
                 data = b""
                 if self._channel in ready:
                     with contextlib.suppress(ConnectionResetError):  # it died with lines unread
                         data = self._channel.recv(1 << 16)
-                if not data:
-                    if not select.select([pidfd], [], [], timeout_s)[0]:
-                        raise TimeoutError
+                    if not data:
+                        watched = [pidfd]
+                if pidfd in ready and not data:
                     return None
                 self._rest += data
+                if limit is None and signal.SIGINT in signal.sigpending():
+                    signal.sigwait({signal.SIGINT})
+                    raise KeyboardInterrupt
+                if limit is not None and time.monotonic() > limit:
+                    raise TimeoutError
         finally:
             os.close(pidfd)
 
