@@ -6,6 +6,7 @@ import argparse
 import datetime
 import json
 import platform
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -26,6 +27,7 @@ def say(text: str) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     options = _options(argv)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that sandboxes and scratch go too
     facts = machine.facts()
     busy = machine.busy_share()
     contended = machine.too_busy(facts["load_1m"], busy, facts["cpus"])
@@ -42,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     report |= _measure(set(options.only), options.quick)
     report["load_1m_at_end"] = machine.facts()["load_1m"]
     report["targets"] = verdicts(report)
-    data = options.out / f"{started:%Y-%m-%d}-{platform.node()}.json"
+    data = options.out / f"{started:%Y-%m-%d}-{platform.node() or 'unnamed'}.json"
     data.parent.mkdir(parents=True, exist_ok=True)
     data.write_text(json.dumps(report, indent=1) + "\n")
     say(f"wrote {data}")

@@ -78,7 +78,8 @@ def _notes(report: dict[str, Any]) -> Iterator[str]:
 
 def _idle(row: dict[str, Any]) -> str:
     count = f"{row['made']}" + (f" of {row['sandboxes']}: {row['failure']}" if "failure" in row else "")
-    return f"| {count} | {row['pss_mib']:g} | {row['host_mib']:g} | {row['made_in_s']:g} | {row['ended_in_s']:g} |"
+    host = f"{row['host_mib']:g}" if row["made"] >= 100 else "lost in the host's own noise"
+    return f"| {count} | {row['pss_mib']:g} | {host} | {row['made_in_s']:g} | {row['ended_in_s']:g} |"
 
 
 def _chart(report: dict[str, Any], picture: Path) -> None:
@@ -90,7 +91,7 @@ def _chart(report: dict[str, Any], picture: Path) -> None:
 
     # A fixed salt and no date: the same data gives the same file, so a diff shows figures only.
     plt.rcParams.update({"svg.hashsalt": "fumehood", "font.size": 9})
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained", sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained", sharex=True, sharey=True)
     for axis, (snippet, title) in zip(axes, _SNIPPETS.items(), strict=True):
         rows = [r for r in report["rows"] if r["snippet"] == snippet and "p50_ms" in r]
         p50, p99 = [r["p50_ms"] for r in rows], [r["p99_ms"] for r in rows]
@@ -98,10 +99,11 @@ def _chart(report: dict[str, Any], picture: Path) -> None:
         whiskers = [[0.0] * len(rows), [b - a for a, b in zip(p50, p99, strict=True)]]
         axis.barh([r["name"] for r in rows], p50, color=colours, xerr=whiskers, error_kw={"ecolor": "#495057", "lw": 1})
         for at, (ms, far) in enumerate(zip(p50, p99, strict=True)):
-            axis.text(far * 1.15, at, f"{ms:.3g}", va="center")
+            axis.text(far * 1.15, at, f"{ms:.0f}" if ms >= 100 else f"{ms:.1f}", va="center")
         axis.set(xscale="log", xlabel="ms, log scale: bar to p50, whisker to p99", title=title)
-        axis.margins(x=0.18)
+        axis.xaxis.set_major_formatter("{x:g}")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].invert_yaxis()
+    axes[0].set_xlim(left=0.5, right=max([r["p99_ms"] for r in report["rows"] if "p99_ms" in r], default=1000.0) * 3)
     figure.savefig(picture, metadata={"Date": None})  # pyright: ignore[reportUnknownMemberType]
     plt.close(figure)

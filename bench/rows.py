@@ -7,12 +7,12 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from bench.figures import summary
+from bench.figures import percentile, summary
 from bench.subjects import SNIPPETS, Subject, Wrong
 from fumehood.errors import FumehoodError
 
 TURN = 10  # a subject's samples come in blocks of this many, so that each has the caches that steady use gives it
-SLOW_MS = 250.0  # above this a subject gets a quarter of the samples
+BUDGET_MS = 12_000.0  # of a subject and snippet: slow ones get fewer samples, never less than a turn
 
 Say = Callable[[str], None]
 
@@ -39,9 +39,9 @@ class Tally:
             self.samples[metric].append(ms)
 
     def wanted(self, samples: int) -> int:
-        """Slow subjects get fewer: their spread is small beside their median, and the run has to end."""
-        slow = self.samples[""] and min(self.samples[""]) > SLOW_MS
-        return max(TURN, samples // 4) if slow else samples
+        """As many as the budget holds of the median one: the run has to end, and the row says how many it was."""
+        affordable = BUDGET_MS / percentile(self.samples[""], 50) if self.samples[""] else TURN
+        return max(TURN, min(samples, int(affordable)))
 
     def row(self) -> dict[str, Any]:
         head = {"name": self.subject.name, "what": self.subject.what, "snippet": self.snippet}
@@ -50,7 +50,7 @@ class Tally:
 
 
 def measure(subjects: Sequence[Subject], samples: int, say: Say) -> list[dict[str, Any]]:
-    """`samples` of each subject and snippet (of slow ones fewer), after one that does not count."""
+    """At most `samples` of each subject and snippet, after one that does not count."""
     tallies = [Tally(subject, snippet) for snippet in SNIPPETS for subject in subjects]
     for tally in tallies:
         Tally(tally.subject, tally.snippet).once()

@@ -69,7 +69,7 @@ def peers(scratch: Path) -> tuple[list[Subject], dict[str, str]]:
         Subject("bwrap", "bubblewrap, read-only binds, `--unshare-all`", lambda s: timed(s, [*_bwrap(), SNIPPETS[s]])),
         Subject("crun", "`crun run`, OCI bundle of the same binds", _oci(scratch, crun(), "crun")),
         Subject("runc", "`runc run`, the same bundle", _oci(scratch, ["runc"], "runc")),
-        Subject("runsc", "`runsc run` (gVisor, systrap or ptrace), the same bundle", _oci(scratch, _runsc(scratch), "runsc")),
+        Subject("runsc", "`runsc run` (gVisor), the same bundle", _oci(scratch, _runsc(scratch), "runsc")),
     ]
     absent: dict[str, str] = {}
     for subject in candidates:
