@@ -87,7 +87,7 @@ def test_empty_capabilities_alone_stop_what_the_user_namespace_would_grant() -> 
 
 def test_without_no_new_privs_nothing_starts() -> None:
     """H13: Landlock and seccomp can't be installed without it, so its loss fails closed."""
-    with pytest.raises(SetupFailed, match="no_new_privs|landlock|Operation not permitted|bounding"), opened(("no-new-privs",)):
+    with pytest.raises(SetupFailed, match="capabilities"), opened(("no-new-privs",)):
         pass
     with opened() as box:
         assert words(box, "print(_libc.prctl(39, 0, 0, 0, 0))") == ["1"]
@@ -197,7 +197,8 @@ def test_the_connect_inspection_alone_refuses_and_names_an_address_outside() -> 
     """H9: what a sandbox tries is known, not merely unroutable. A host that shares its network shows the difference."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        code = f"attempt(socket.create_connection, ('127.0.0.1', {port}), 2); attempt(socket.create_connection, ('192.0.2.1', 9), 2)"
+        code = f"attempt(socket.create_connection, ('127.0.0.1', {port}), 2)\n"
+        code += "attempt(socket.create_connection, ('192.0.2.1', 9), 2)"
         with opened() as box:
             result = box.run(PRELUDE + code)
             assert result.stdout.split() == ["ECONNREFUSED", "ENETUNREACH"]
