@@ -18,7 +18,7 @@ from fumehood.events import Event, ZygoteLost
 from fumehood.model import Limits, Protection, SandboxSpec, Template
 from fumehood.runtime.base import Capabilities, Stats, missing
 from fumehood.runtime.link import setup_failure
-from fumehood.runtime.native import accounting, journal, landlock, protections, seccomp, seccomp_install
+from fumehood.runtime.native import accounting, journal, landlock, protections, seccomp
 from fumehood.runtime.native.listeners import Listeners
 from fumehood.runtime.native.mounts import OWN_DIRECTORIES
 from fumehood.runtime.native.root import UID
@@ -97,7 +97,7 @@ class NativeRuntime:
         lock = self._starting.setdefault(template, asyncio.Lock())
         async with lock:
             zygote = self._zygotes.get(template)
-            if zygote is not None and zygote.lost:
+            if zygote is not None and zygote.ended():
                 await zygote.aclose()
                 zygote = None
             if zygote is None:
@@ -126,16 +126,16 @@ class NativeRuntime:
                 undo.callback(self._uids.give, uid)
             account = accounting.open_account(self._layout, self._instance.name, sandbox_id, spec.limits)
             undo.callback(account.close)
-            announcements, theirs = seccomp_install.channel()
-            listeners = Listeners(announcements, sandbox_id, self._filter(spec)[1], on_event)
-            undo.callback(listeners.close)
             try:
-                channel, pid = await zygote.spawn(theirs)
+                clone = await zygote.take()
             except Exception:
                 if zygote.lost:
                     on_event(ZygoteLost(sandbox_id, spec.template.name))
                 raise
+            channel, pid = clone.channel, clone.pid
             undo.callback(channel.close)
+            listeners = Listeners(clone.announcements, sandbox_id, self._filter(spec)[1], on_event)
+            undo.callback(listeners.close)
             with _step("open a pidfd of the sandbox"):
                 pidfd = os.pidfd_open(pid)
             undo.callback(os.close, pidfd)

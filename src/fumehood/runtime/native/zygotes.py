@@ -12,17 +12,37 @@ import struct
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import fumehood
-from fumehood.errors import SandboxGone, SetupFailed
+from fumehood.errors import FumehoodError, SandboxGone, SetupFailed
 from fumehood.model import Template
-from fumehood.runtime.native import builder
+from fumehood.runtime.native import builder, seccomp_install
 
 _PACKAGE = str(Path(fumehood.__file__).parent)
 _CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid (unix(7))
+
+
+@dataclass(frozen=True, slots=True)
+class Clone:
+    """A fork in its namespaces, of nobody yet: `channel` to it, where it announces seccomp listeners, its host pid."""
+
+    channel: socket.socket
+    announcements: socket.socket
+    pid: int
+
+    def waits(self) -> bool:
+        try:
+            return self.channel.recv(1, socket.MSG_PEEK) != b""
+        except BlockingIOError:
+            return True
+
+    def close(self) -> None:
+        """It ends by itself when its channel does."""
+        self.channel.close()
+        self.announcements.close()
 
 
 class Zygote:
@@ -33,6 +53,8 @@ class Zygote:
         self._process, self._control = process, control
         self._failure = ""
         self._watch: asyncio.Task[None] | None = None
+        self._refill: asyncio.Task[None] | None = None
+        self._spare: Clone | None = None
 
     @classmethod
     async def start(cls, template: Template, uid: int | None, scratch: Path, timeout_s: float, keep: int = 0) -> Zygote:
@@ -92,39 +114,67 @@ class Zygote:
             self._failure = json.loads(answer).get("failed", "")
         self.lost = "the zygote ended"
 
-    async def spawn(self, announce: socket.socket) -> tuple[socket.socket, int]:
-        """A fresh clone's channel and its host pid, as the kernel states it. The clone waits for its plan.
+    def ended(self) -> bool:
+        """Asks the kernel, so that a death is known before the loop came to hear of it (H18)."""
+        if self._process.poll() is not None:
+            self.lost = self.lost or "the zygote ended"
+        return bool(self.lost)
 
-        `announce` is the sandbox's end of seccomp_install.channel(); closed here.
-        """
-        ours, theirs = socket.socketpair()
-        ours.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-        ours.setblocking(False)
+    async def take(self) -> Clone:
+        """A clone that waits for its plan: the spare one, while the next is made in the background."""
+        spare, self._spare = self._spare, None
+        if self._refill is not None and spare is None:
+            await asyncio.shield(self._refill)  # it is being made
+            spare, self._spare = self._spare, None
+        clone = spare if spare is not None and spare.waits() else await self._clone()
+        self._refill = asyncio.create_task(self._make_spare())
+        return clone
+
+    async def _make_spare(self) -> None:
+        """Best effort: whoever needs a clone and finds none makes one and hears the error itself."""
+        with contextlib.suppress(FumehoodError, OSError):
+            self._spare = await self._clone()
+
+    async def _clone(self) -> Clone:
+        """Raises SandboxGone when the zygote has ended, SetupFailed when it could not fork."""
+        channel, theirs = socket.socketpair()
+        channel.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        channel.setblocking(False)
+        announcements, announce = seccomp_install.channel()
         try:
             with theirs, announce:
                 socket.send_fds(self._control, [b"spawn"], [theirs.fileno(), announce.fileno()])
-            await readable(ours.fileno())
-            data, ancillary, _flags, _address = ours.recvmsg(1, socket.CMSG_SPACE(_CREDENTIALS.size))
+            await readable(channel.fileno())
+            data, ancillary, _flags, _address = channel.recvmsg(1, socket.CMSG_SPACE(_CREDENTIALS.size))
+            if not data and self.ended():
+                raise ConnectionResetError
             if not data:
                 raise SetupFailed("the zygote could not fork a sandbox", cause=self.lost or self._failure)
-            ours.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 0)
-            return ours, _CREDENTIALS.unpack(ancillary[0][2])[0]
+            channel.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 0)
+            return Clone(channel, announcements, _CREDENTIALS.unpack(ancillary[0][2])[0])
         except (BrokenPipeError, ConnectionResetError):
             self.lost = self.lost or "the zygote ended"
-            ours.close()
+            channel.close()
+            announcements.close()
             raise SandboxGone("the zygote ended", remediation="try again: a new one is built") from None
         except BaseException:
-            ours.close()
+            channel.close()
+            announcements.close()
             raise
 
     async def aclose(self) -> None:
         """End it and, with it, every sandbox forked from it."""
         self.lost = self.lost or "closed"
-        if self._watch is not None:
-            self._watch.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._watch
+        for task in (self._watch, self._refill):
+            if task is not None:
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
+        if self._spare is not None:
+            self._spare.close()
         self._control.close()
+        if self._process.poll() is not None:
+            return
         pidfd = os.pidfd_open(self._process.pid)  # not a thread: at exit no new one can be had
         self._process.send_signal(signal.SIGKILL)
         await readable(pidfd)
