@@ -68,14 +68,18 @@ async def _chunks(link: Link, path: str) -> AsyncIterator[bytes]:
         await stream.cancel()
 
 
+def _check_size(path: str, size: int, limit_bytes: int) -> None:
+    if size > limit_bytes:
+        raise InvalidInput(
+            f"{path} has more than {limit_bytes} bytes", remediation="read less of it, or pass a larger limit_bytes"
+        )
+
+
 async def _read(link: Link, path: str, limit_bytes: int) -> bytes:
     data = bytearray()
     async for chunk in _chunks(link, path):
         data += chunk
-        if len(data) > limit_bytes:
-            raise InvalidInput(
-                f"{path} has more than {limit_bytes} bytes", remediation="use download(), or a larger limit_bytes"
-            )
+        _check_size(path, len(data), limit_bytes)
     return bytes(data)
 
 
@@ -127,14 +131,16 @@ async def _upload(link: Link, host: Path, path: str) -> None:  # the reads here 
             await _write(link, inside, item)
 
 
-async def _download(link: Link, path: str, host: Path) -> None:
-    """Into a new plain file, never through a link: the name may be one that code in the sandbox chose (H12)."""
+async def _download(link: Link, path: str, host: Path, limit_bytes: int) -> None:
+    """Into a new plain file, never through a link: the name may be one that code in the sandbox chose, and the file a
+    terabyte of holes (H12)."""
     part = host.with_name(host.name + ".part")
     fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
     try:
         with os.fdopen(fd, "wb") as f:
             async for chunk in _chunks(link, path):
                 f.write(chunk)
+                _check_size(path, f.tell(), limit_bytes)
         part.replace(host)
     except BaseException:
         part.unlink(missing_ok=True)
@@ -230,8 +236,8 @@ class AsyncFiles:
     async def upload(self, host_path: str | Path, path: str) -> None:
         await await_engine(self._engine, _upload(self._link, Path(host_path), _check_path(path)))
 
-    async def download(self, path: str, host_path: str | Path) -> None:
-        await await_engine(self._engine, _download(self._link, path, Path(host_path)))
+    async def download(self, path: str, host_path: str | Path, *, limit_bytes: int = _MAX_READ_BYTES) -> None:
+        await await_engine(self._engine, _download(self._link, path, Path(host_path), limit_bytes))
 
     async def watch(self, path: str = "~", *, recursive: bool = False) -> AsyncWatch:
         """When this returns, no later change is missed."""
@@ -280,8 +286,8 @@ class Files:
     def upload(self, host_path: str | Path, path: str) -> None:
         block_on(self._engine, _upload(self._link, Path(host_path), _check_path(path)))
 
-    def download(self, path: str, host_path: str | Path) -> None:
-        block_on(self._engine, _download(self._link, path, Path(host_path)))
+    def download(self, path: str, host_path: str | Path, *, limit_bytes: int = _MAX_READ_BYTES) -> None:
+        block_on(self._engine, _download(self._link, path, Path(host_path), limit_bytes))
 
     def watch(self, path: str = "~", *, recursive: bool = False) -> Watch:
         return Watch(self._engine, self._link, block_on(self._engine, _watch(self._link, path, recursive)))
