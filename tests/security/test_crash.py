@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from attack import descendants, native, processes, switched
+from attack import descendants, native, open_descriptors, processes, switched
 
 from fumehood import Sandbox
 from fumehood.errors import SandboxGone, SetupFailed
@@ -126,12 +126,12 @@ def test_a_step_that_fails_leaves_nothing_and_names_itself(step: str) -> None:
         pass
     runtime = native()
     uids = runtime._uids
-    before = (set(os.listdir("/proc/self/fd")), cgroups(runtime._instance.name + "/s"), sorted(uids._free) if uids else [])
+    before = (open_descriptors(), cgroups(runtime._instance.name + "/s"), sorted(uids._free) if uids else [])
     running = descendants(os.getpid())
     with switched(fail_at=step), pytest.raises(SetupFailed) as e, Sandbox(tier="native"):
         pass
     assert step in str(e.value) and "asked to fail" in str(e.value)
-    assert set(os.listdir("/proc/self/fd")) == before[0]
+    assert open_descriptors() == before[0]
     assert (sorted(uids._free) if uids else []) == before[2]
     assert descendants(os.getpid()) <= running
     left = {
@@ -164,7 +164,8 @@ def test_a_creation_right_after_its_zygotes_death_gets_a_new_one() -> None:
     """H18: without a moment for the supervisor to notice."""
     with Sandbox(tier="native") as box:
         zygote = native()._zygotes[box.spec.template]
+        below = descendants(zygote._process.pid)
         os.kill(zygote._process.pid, signal.SIGKILL)
-        zygote._process.wait()
+        until(lambda: not (below - {zygote._process.pid}) & processes().keys(), "sandboxes outlived their zygote")
         with Sandbox(tier="native") as after:
             assert after.run("3").text == "3"
