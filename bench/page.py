@@ -26,7 +26,8 @@ def _lines(report: dict[str, Any], where: dict[str, str]) -> Iterator[str]:
     yield f"cgroup {machine['cgroup']}, Python {machine['python']}, {'root' if machine['uid'] == 0 else 'an ordinary user'},"
     yield f"{report['date']}. Raw data: [{Path(where['data']).name}]({where['data']})."
     if report["contended"]:
-        yield f"\n**Taken on a busy machine, so worse than its own figures:** {report['contended']}."
+        yield f"\n**Taken on a busy machine, so worse than its own figures:** {report['contended']} before it"
+        yield f"began ({report['load_1m_at_end']:g} when it ended, its own part included)."
     yield f"\n![start and run times]({where['picture']})"
     yield "\n## Targets\n\n| target | limit | measured | |\n|---|---:|---:|---|"
     yield from map(_verdict, report["targets"])
