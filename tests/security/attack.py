@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Mapping
+import time
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -83,6 +84,13 @@ def template(name: str, *mounts: Mount) -> Generator[Template]:
     runtime = native()
     if (zygote := runtime._zygotes.pop(wanted, None)) is not None:
         block_on(Engine.of_this_process(), zygote.aclose())
+
+
+def until(true: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + 8
+    while not true():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.01)
 
 
 def processes() -> Mapping[int, int]:
