@@ -38,16 +38,22 @@ class _MountAttr(ctypes.Structure):
     _fields_ = [(n, ctypes.c_uint64) for n in ("attr_set", "attr_clr", "propagation", "userns_fd")]
 
 
-def set_read_only(target: str) -> None:
-    """Recursive, unlike a bind remount, which leaves the submounts writable (H6). Linux 5.12."""
-    attr = _MountAttr(attr_set=_ATTR_RDONLY | _ATTR_NOSUID | _ATTR_NODEV)
+def _restrict(target: str, *, writable: bool) -> None:
+    """Recursive, unlike a bind remount, which leaves the submounts writable (H6). Linux 5.12.
+
+    nosuid and nodev always: a `writable` mount above all must not hold what a set-user-ID bit or a node would open.
+    """
+    attr = _MountAttr(attr_set=_ATTR_NOSUID | _ATTR_NODEV | (0 if writable else _ATTR_RDONLY))
     sc.call(sc.MOUNT_SETATTR, _AT_FDCWD, os.fsencode(target), _AT_RECURSIVE, attr, ctypes.sizeof(attr))
+
+
+def set_read_only(target: str) -> None:
+    _restrict(target, writable=False)
 
 
 def bind(source: str, target: str, *, writable: bool = False) -> None:
     sc.mount(source, target, flags=sc.MS_BIND | sc.MS_REC)
-    if not writable:
-        set_read_only(target)
+    _restrict(target, writable=writable)
 
 
 def _host_entries(prefixes: Sequence[str]) -> Iterator[tuple[str, str]]:
