@@ -26,3 +26,10 @@ def shared(tmp_path: Path) -> Path:
     (target / "file").write_text("host")
     (target / "file").chmod(0o666)
     return target
+
+
+@pytest.fixture(scope="module")
+def shared_box() -> Iterator[Sandbox]:
+    """One for many attacks that leave no trace."""
+    with Sandbox(tier="native", limits={"lifetime_s": 300}) as sandbox:
+        yield sandbox
