@@ -196,7 +196,7 @@ class ExecRequest:
 
 @dataclass(frozen=True, slots=True)
 class RichResult:
-    """One displayed value, keyed by MIME type; binary types are base64 text. `chart`/`data` as in e2b.md 4.4."""
+    """One displayed value, keyed by MIME type; binary types are base64 text."""
 
     data: Mapping[str, Any]
     is_main_result: bool = False
