@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,13 +14,13 @@ from fumehood.agent import wire
 from fumehood.client.calls import await_engine, block_on
 from fumehood.client.engine import Engine
 from fumehood.errors import InvalidInput, NotFound
-from fumehood.model import GIB
+from fumehood.model import GIB, MIB
 from fumehood.runtime.link import Link, Stream
 
 if TYPE_CHECKING:
     from fumehood.client.sandbox import AsyncSandbox, Sandbox
 
-_MAX_READ_BYTES = 1 * GIB
+_MAX_READ_BYTES, _MAX_DOWNLOAD_BYTES = 256 * MIB, 1 * GIB  # into memory; onto the disk
 _MAX_ENTRIES = 100_000
 
 
@@ -58,7 +59,7 @@ def _check_path(path: str) -> str:
     return path
 
 
-async def _chunks(link: Link, path: str) -> AsyncIterator[bytes]:
+async def _chunks(link: Link, path: str) -> AsyncGenerator[bytes, None]:
     stream = await link.open("files.read", path=_check_path(path))
     try:
         async for frame in stream:
@@ -76,11 +77,17 @@ def _check_size(path: str, size: int, limit_bytes: int) -> None:
 
 
 async def _read(link: Link, path: str, limit_bytes: int) -> bytes:
+    _check_size(path, await _size(link, path), limit_bytes)  # a sparse file of 1 TB is refused before a byte of it came
     data = bytearray()
-    async for chunk in _chunks(link, path):
-        data += chunk
-        _check_size(path, len(data), limit_bytes)
+    async with contextlib.aclosing(_chunks(link, path)) as chunks:
+        async for chunk in chunks:
+            data += chunk
+            _check_size(path, len(data), limit_bytes)
     return bytes(data)
+
+
+async def _size(link: Link, path: str) -> int:
+    return _entry((await link.call("files.stat", path=_check_path(path)))["entry"]).size
 
 
 async def _write(link: Link, path: str, data: bytes | Path) -> Entry:
@@ -138,9 +145,11 @@ async def _download(link: Link, path: str, host: Path, limit_bytes: int) -> None
     fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
     try:
         with os.fdopen(fd, "wb") as f:
-            async for chunk in _chunks(link, path):
-                f.write(chunk)
-                _check_size(path, f.tell(), limit_bytes)
+            _check_size(path, await _size(link, path), limit_bytes)
+            async with contextlib.aclosing(_chunks(link, path)) as chunks:
+                async for chunk in chunks:
+                    f.write(chunk)
+                    _check_size(path, f.tell(), limit_bytes)
         part.replace(host)
     except BaseException:
         part.unlink(missing_ok=True)
@@ -236,7 +245,7 @@ class AsyncFiles:
     async def upload(self, host_path: str | Path, path: str) -> None:
         await await_engine(self._engine, _upload(self._link, Path(host_path), _check_path(path)))
 
-    async def download(self, path: str, host_path: str | Path, *, limit_bytes: int = _MAX_READ_BYTES) -> None:
+    async def download(self, path: str, host_path: str | Path, *, limit_bytes: int = _MAX_DOWNLOAD_BYTES) -> None:
         await await_engine(self._engine, _download(self._link, path, Path(host_path), limit_bytes))
 
     async def watch(self, path: str = "~", *, recursive: bool = False) -> AsyncWatch:
@@ -286,7 +295,7 @@ class Files:
     def upload(self, host_path: str | Path, path: str) -> None:
         block_on(self._engine, _upload(self._link, Path(host_path), _check_path(path)))
 
-    def download(self, path: str, host_path: str | Path, *, limit_bytes: int = _MAX_READ_BYTES) -> None:
+    def download(self, path: str, host_path: str | Path, *, limit_bytes: int = _MAX_DOWNLOAD_BYTES) -> None:
         block_on(self._engine, _download(self._link, path, Path(host_path), limit_bytes))
 
     def watch(self, path: str = "~", *, recursive: bool = False) -> Watch:

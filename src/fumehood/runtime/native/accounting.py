@@ -27,6 +27,7 @@ class Account(Protocol):
     def reading(self) -> Stats: ...
     def freeze(self) -> None: ...
     def thaw(self) -> None: ...
+    def kill_all(self) -> None: ...
     def apply(self, limits: Limits) -> None: ...
     def protections(self) -> tuple[Protection, ...]: ...
     def close(self) -> None: ...
@@ -36,7 +37,7 @@ class GroupAccount:
     def __init__(self, group: cgroup.Group) -> None:
         self._group = group
         self.doors, self.reading, self.thaw, self.apply = group.doors, group.reading, group.thaw, group.apply
-        self.protections = group.protections
+        self.protections, self.kill_all = group.protections, group.signal_all
 
     def entered(self, pid: int) -> None:
         """Raises SetupFailed unless the kernel lists `pid` in every group (H13)."""
@@ -95,6 +96,10 @@ class WatchAccount:
     def thaw(self) -> None:
         if self._watch is not None:
             self._watch.signal_all(signal.SIGCONT)
+
+    def kill_all(self) -> None:
+        if self._watch is not None:
+            self._watch.signal_all(signal.SIGKILL)
 
     def apply(self, limits: Limits) -> None:
         self._limits = limits

@@ -205,6 +205,11 @@ class Group:
                 pids=self._listed()[:20],
             )
 
+    def signal_all(self) -> None:
+        """SIGKILL to whoever is in the group now: one round, no promise; `kill` makes one."""
+        if self._directories:
+            signal_all(self._directories[0])
+
     def _listed(self) -> list[int]:
         return sorted({pid for directory in self._directories for pid in directory.pids()})
 

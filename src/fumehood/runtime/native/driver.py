@@ -56,9 +56,7 @@ class NativeHandle:
         self._account.apply(limits)
 
     async def kill(self) -> None:
-        _signal(self._pidfd, signal.SIGKILL)
-        self._account.thaw()  # a frozen task of cgroup v1 takes no signal
-        await self.wait_dead()
+        await _end(self._pidfd, self._account)
 
     async def wait_dead(self) -> None:
         """The pidfd of a pid namespace's init is readable only when every process in it is gone (pid_namespaces(7))."""
@@ -177,7 +175,7 @@ class NativeRuntime:
             "rlimits": _rlimits(spec.limits, rootless=self._rootless),
             "floor": self._floor,
             "policy": self._filter(spec)[0],
-            "prestart": ["python"],
+            "prestart": [],  # a session forked before its first run would cost every idle sandbox 3 MiB
             # A kernel without Landlock is stated as "off" and may be enough for a spec that does not require it.
             "without": [] if landlock.abi() else ["landlock"],
         }
@@ -244,6 +242,8 @@ def _signal(pidfd: int, number: int) -> None:
 
 
 async def _end(pidfd: int, account: accounting.Account) -> None:
+    """The end of init is the end of all. The others are told at once too: left to init they would be torn down after it."""
     _signal(pidfd, signal.SIGKILL)
-    account.thaw()
+    account.kill_all()
+    account.thaw()  # a frozen task of cgroup v1 takes no signal
     await readable(pidfd)
