@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import stat
 from collections.abc import Iterable, Mapping
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ _MAX_BYTES = 1 << 20
 _PRESETS = resources.files("fumehood.policy") / "presets"
 
 
+@cache
 def preset_names() -> tuple[str, ...]:
     """The presets that ship with fumehood, sorted."""
     return tuple(sorted(f.name.removesuffix(".toml") for f in _PRESETS.iterdir() if f.name.endswith(".toml")))
@@ -65,7 +67,12 @@ def _open(source: Source, here: Path) -> tuple[Policy, str, Path]:
             cause="presets ship with fumehood; other policies are files",
             remediation="use a known name, or a path that holds '/' or ends in .toml, .yaml or .yml",
         )
-    return _parse((_PRESETS / f"{source}.toml").read_text(), f"preset {source}.toml", here), f"preset {source}", here
+    return _preset(source), f"preset {source}", here
+
+
+@cache
+def _preset(name: str) -> Policy:
+    return _parse((_PRESETS / f"{name}.toml").read_text(), f"preset {name}.toml", Path("/"))
 
 
 def _read(path: Path) -> Policy:
