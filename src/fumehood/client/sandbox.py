@@ -241,10 +241,12 @@ class Sandbox(_Core):
         return Contexts(self)
 
     def open(self) -> Self:
+        """Create the sandbox, where no `with` does it. Raises ProtectionUnavailable, CapacityExceeded, SetupFailed."""
         block_on(self._engine, self._open())
         return self
 
     def close(self) -> None:
+        """End it and give everything back. Idempotent."""
         block_on(self._engine, self._close())
 
     def __enter__(self) -> Self:
@@ -265,6 +267,7 @@ class Sandbox(_Core):
         on_stderr: OnText | None = None,
         on_result: OnResult | None = None,
     ) -> Result:
+        """Run code in a context that keeps its state. A failing program is a Result, not an exception."""
         work = self._code(code, language, context, timeout_s, env)
         return block_with_callbacks(self._engine, work, on_stdout, on_stderr, on_result)
 
@@ -279,6 +282,7 @@ class Sandbox(_Core):
         on_stdout: OnText | None = None,
         on_stderr: OnText | None = None,
     ) -> Result:
+        """Run a program to its end."""
         work = self._program(argv, cwd, env, stdin, timeout_s)
         return block_with_callbacks(self._engine, work, on_stdout, on_stderr, None)
 
@@ -291,25 +295,33 @@ class Sandbox(_Core):
         pty: tuple[int, int] | None = None,
         stdin: bool = True,
     ) -> Process:
+        """Start a program in the background; the Process follows and steers it."""
         return Process(self, block_on(self._engine, start_process(self, as_argv(argv), cwd, env, pty, stdin)))
 
     def processes(self) -> list[dict[str, Any]]:
+        """The programs that run in it: `{"pid", "argv", "cwd", "tag", "pty"}` each."""
         return block_on(self._engine, self.live.link.call("exec.list"))["processes"]
 
     def checkpoint(self, context: str | None = None) -> str:
+        """Keep the state of a Python context and of the home directory; not of threads and child processes."""
         return block_on(self._engine, self._checkpoint(context))
 
     def rollback(self, checkpoint: str) -> None:
+        """Back to what `checkpoint()` kept. Raises NotFound for an unknown one."""
         block_on(self._engine, self._rollback(checkpoint))
 
     def pause(self) -> None:
+        """Stop every process of the sandbox where it is; deadlines go on."""
         block_on(self._engine, self.live.pause())
 
     def resume(self) -> None:
+        """Let what `pause()` stopped go on."""
         block_on(self._engine, self.live.resume())
 
     def stats(self) -> Stats:
+        """Memory, processes and usage now, by the host's accounting."""
         return block_on(self._engine, self._stats())
 
     def kill(self) -> None:
+        """End every process of the sandbox at once. Later calls raise SandboxGone."""
         block_on(self._engine, self.live.kill())
