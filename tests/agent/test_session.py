@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from fumehood.agent import wire
+
 from .session_driver import Client, Zygote
 
 ZYGOTES = {"notebook": ["json"], "plain": ["no-ipython"], "cold": []}
@@ -171,7 +173,23 @@ def test_sigint_between_runs_is_ignored(session: Client):
     session.run("x = 1")
     for _ in range(20):
         os.kill(session.pid, signal.SIGINT)
+    session.request({"verb": "nothing"})  # one that is handled only when the run is there would be the run's
     assert session.run("x").main["text/plain"] == "1"
+
+
+def test_a_sigint_that_overtakes_its_run_still_interrupts_it(zygote: Zygote, tmp_path: Path):
+    # The agent interrupts a request that it has written; the session, just forked or stopped, has not read it yet.
+    client = zygote.session(tmp_path)
+    client.run("1")
+    for _ in range(5):
+        os.kill(client.pid, signal.SIGSTOP)
+        client.stream += 1
+        run = {"verb": "run", "code": "import time\ntime.sleep(300)", "env": {}}
+        client.control.sendall(wire.encode_json(client.stream, wire.OPEN, run))
+        os.kill(client.pid, signal.SIGINT)
+        os.kill(client.pid, signal.SIGCONT)
+        assert client.answer().outcome == "interrupted"
+    client.close()
 
 
 def test_a_storm_of_interrupts_never_breaks_the_frames(session: Client):

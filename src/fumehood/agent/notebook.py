@@ -24,7 +24,7 @@ from traitlets.config import Config
 
 from .python import Python, show_figures_left, user_frames
 from .rich import CHART, DATA, FORMATS, result_event
-from .shells import interrupt_group
+from .shells import interrupt_group, kill_all
 
 _IPYTHON = IPython.__path__[0]
 _SHELL = shutil.which("bash", path="/bin:/usr/bin") or "/bin/sh"
@@ -108,7 +108,7 @@ class Shell(InteractiveShell):
             self.user_ns["_exit_code"] = process.wait()
         except KeyboardInterrupt:
             interrupt_group()
-            process.kill()
+            kill_all(process.pid, since=0)
             process.wait()
             raise
 

@@ -10,6 +10,7 @@ Threads, child processes and running asyncio tasks are not in a checkpoint. A cl
 from __future__ import annotations
 
 import os
+import select
 import shutil
 import signal
 import socket
@@ -58,7 +59,7 @@ def session_main(control: socket.socket, language: str, cwd: str) -> NoReturn:
 
 
 def _settle(cwd: str) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # until there is a run to interrupt
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # until serve(): it may be meant for the first run
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     if os.getpgrp() != os.getpid():
         os.setpgid(0, 0)  # shells.interrupt_group() means this group
@@ -84,7 +85,7 @@ class Session:
     def __init__(self, control: socket.socket, executor: Executor) -> None:
         self._executor = executor
         self._stream = 0
-        self._running = self._sending = self._interrupt_owed = False
+        self._running = self._taken = self._sending = self._interrupt_owed = False
         self._twin = False
         self._attach(control)
         executor.emit = self._emit
@@ -95,13 +96,20 @@ class Session:
         self._lock = threading.Lock()  # user threads may display; a fork must not inherit a held lock
 
     def serve(self) -> NoReturn:
-        while data := self._control.recv(wire.CHUNK_BYTES):
+        signal.signal(signal.SIGINT, self._on_sigint)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        while data := self._next_request():
             # One request at a time: the agent queues. After a fork inside, _attach() has made a new decoder.
             for frame in self._decoder.feed(data):
                 if frame.kind != wire.OPEN:
                     raise wire.BadFrame(f"a session takes OPEN frames, not kind {frame.kind}")
                 self._answer(frame.stream, frame.json())
         os._exit(0)
+
+    def _next_request(self) -> bytes:
+        select.select([self._control], [], [])
+        self._taken = True  # while the request is still in the socket, so that _on_sigint() misses no moment
+        return self._control.recv(wire.CHUNK_BYTES)
 
     def _answer(self, stream: int, request: dict[str, Any]) -> None:
         self._stream = stream
@@ -117,35 +125,35 @@ class Session:
     def _run(self, request: dict[str, Any]) -> None:
         code, env = _code_and_env(request)
         count = self._executor.execution_count
-        self._emit({"type": "count", "execution_count": count})
-        signal.signal(signal.SIGINT, self._on_sigint)  # again for each run: user code may have put its own
         try:
             self._running = True
+            self._emit({"type": "count", "execution_count": count})  # and raises an interrupt that is owed
             outcome = self._executor.run(code, env)
         except KeyboardInterrupt:
             self._running = False  # it came before or after the user's code
             self._emit({"type": "error", "name": "KeyboardInterrupt", "value": "", "traceback": "KeyboardInterrupt"})
             outcome = {"outcome": "interrupted", "execution_count": count}
         finally:
-            self._running = False
-        signal.signal(signal.SIGINT, self._on_sigint)
+            self._running = self._taken = False
+        signal.signal(signal.SIGINT, self._on_sigint)  # user code may have put its own
         _flush()
         if os.getpid() != self._pid:
             os._exit(0)  # user code forked and its child came back here: the run has one answer, the parent's
         self._end({"ok": outcome})
 
     def _on_sigint(self, _number: int, _frame: object) -> None:
-        if not self._running or os.getpid() != self._pid:
+        """Between runs it means nothing, unless the next run's request has already arrived."""
+        if os.getpid() != self._pid or not (self._taken or select.select([self._control], [], [], 0)[0]):
             return
-        if self._sending:
-            self._interrupt_owed = True
-        else:
+        if self._running and not self._sending:
             raise KeyboardInterrupt
+        self._interrupt_owed = True
 
     def _emit(self, event: dict[str, Any]) -> None:
         self._send(wire.encode_json(self._stream, wire.EVENT, event))
 
     def _end(self, value: dict[str, Any], fds: Sequence[int] = ()) -> None:
+        self._taken = self._interrupt_owed = False  # before the agent can know that it has ended, and send the next
         self._send(wire.encode_json(self._stream, wire.END, value), fds)
 
     def _send(self, frame: bytes, fds: Sequence[int] = ()) -> None:
@@ -163,10 +171,9 @@ class Session:
         finally:
             if main:
                 self._sending = False
-        if main and self._interrupt_owed:
+        if main and self._running and self._interrupt_owed:
             self._interrupt_owed = False
-            if self._running:
-                raise KeyboardInterrupt
+            raise KeyboardInterrupt
 
     def _fork(self, _request: dict[str, Any]) -> None:
         """checkpoint: the copy is a twin. wake: the copy is live."""

@@ -78,8 +78,11 @@ def _descendants(pid: int, since: int) -> set[int]:
     return {p for p in family - {pid} if born[p][1] >= since}
 
 
-def _kill_all(pid: int, since: int, spare: bool = False) -> None:
+def kill_all(pid: int, since: int, spare: bool = False) -> None:
     """What the interrupted run started and SIGINT did not end, and `pid` unless spared. Jobs of earlier runs stay."""
+    if not spare:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGSTOP)  # it forks no more
     for one in _descendants(pid, since) | (set[int]() if spare else {pid}):
         with contextlib.suppress(ProcessLookupError):
             os.kill(one, signal.SIGKILL)
@@ -118,7 +121,7 @@ class _Shell:
             answer = self._hear(count, child, _GRACE_S)
         except TimeoutError:
             answer = None
-        _kill_all(child.pid, since, spare=self.survives and answer is not None)
+        kill_all(child.pid, since, spare=self.survives and answer is not None)
         return answer if self.survives else None, True
 
     def _living_child(self) -> subprocess.Popen[bytes]:
