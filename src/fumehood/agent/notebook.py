@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import shutil
 import subprocess
 import traceback
@@ -24,7 +25,7 @@ from traitlets.config import Config
 
 from .python import Python, show_figures_left, user_frames
 from .rich import CHART, DATA, FORMATS, result_event
-from .shells import interrupt_group, kill_all
+from .shells import interrupt_group, kill_all, ticks
 
 _IPYTHON = IPython.__path__[0]
 _SHELL = shutil.which("bash", path="/bin:/usr/bin") or "/bin/sh"
@@ -103,13 +104,13 @@ class Shell(InteractiveShell):
         return {}  # a second formatting of each traceback, for a history that nobody reads
 
     def system(self, cmd: str) -> None:
-        process = subprocess.Popen(self.var_expand(cmd, depth=1), shell=True, executable=_SHELL)  # noqa: S602
+        since = ticks()
         try:
-            self.user_ns["_exit_code"] = process.wait()
-        except KeyboardInterrupt:
+            command = self.var_expand(cmd, depth=1)
+            self.user_ns["_exit_code"] = subprocess.Popen(command, shell=True, executable=_SHELL).wait()  # noqa: S602
+        except KeyboardInterrupt:  # maybe before Popen() returned: so it is found by its age
             interrupt_group()
-            kill_all(process.pid, since=0)
-            process.wait()
+            kill_all(os.getpid(), since, spare=True)
             raise
 
     system_piped = system_raw = system

@@ -61,7 +61,7 @@ def _die_with_session() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def _ticks() -> int:
+def ticks() -> int:
     return int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK"))
 
 
@@ -104,7 +104,7 @@ class _Shell:
         count = self.execution_count
         self.execution_count += 1
         child = self._living_child()
-        since = _ticks()
+        since = ticks()
         with _interrupt_pending():
             with contextlib.suppress(BrokenPipeError):  # dead this moment: _hear() finds that
                 self._channel.sendall(self.request(count, code, env))
