@@ -331,3 +331,9 @@ def test_its_lifetime_ends_a_sandbox(tier: str) -> None:
         time.sleep(1.3)
         with pytest.raises(SandboxGone):
             box.run("1")
+
+
+def test_a_list_too_long_to_parse_cheaply_is_left_out_as_data_and_the_sandbox_lives(box: Sandbox) -> None:
+    result = box.run("list(range(1_000_000))")
+    assert result.status == "ok" and "application/json" not in result.results[-1].data
+    assert box.run("1 + 1").text == "2"

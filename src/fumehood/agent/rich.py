@@ -132,11 +132,17 @@ def _json_value(value: Any) -> Any:
 def result_event(data: Mapping[str, Any], *, main: bool) -> dict[str, Any]:
     """The EVENT for a bundle. Over a frame's size, the structured copies go first; then a text says how large it was."""
     bundle = {str(mime): _json_value(value) for mime, value in data.items()}
+    texts = {mime: json.dumps(value).encode() for mime, value in bundle.items()}
     for dropped in ((), (CHART, DATA, JSON)):
         kept = {mime: value for mime, value in bundle.items() if mime not in dropped}
-        size = sum(len(json.dumps(value)) for value in kept.values())
-        if kept and size <= wire.MAX_PAYLOAD_BYTES - 65_536:
+        if kept and _fits([texts[mime] for mime in kept]):
             return {"type": "result", "is_main_result": main, "data": kept}
-    size = sum(len(json.dumps(value)) for value in bundle.values())
+    size = sum(map(len, texts.values()))
     text = f"[result of {size} bytes left out: a result may have {wire.MAX_PAYLOAD_BYTES} bytes; write it to a file]"
     return {"type": "result", "is_main_result": main, "data": {TEXT: text}}
+
+
+def _fits(texts: list[bytes]) -> bool:
+    """In a frame, with room for what the event adds to it."""
+    small = sum(map(len, texts)) <= wire.MAX_PAYLOAD_BYTES - 65_536
+    return small and sum(map(wire.json_items, texts)) <= wire.MAX_JSON_ITEMS - 1_000

@@ -28,11 +28,18 @@ _HEADER = struct.Struct(">IIB")
 HEADER_BYTES = _HEADER.size
 MAX_PAYLOAD_BYTES = 16 << 20
 CHUNK_BYTES = 64 << 10  # what a sender of DATA aims at, so that streams interleave
+# Parsed JSON can take thirty times its bytes, and seconds: what is cheap to count is bounded before it is parsed (H15).
+MAX_JSON_ITEMS = 400_000
 _EMPTY_KINDS = (CLOSE, CANCEL)
 
 
 class BadFrame(ValueError):
     """The peer broke the protocol."""
+
+
+def json_items(text: bytes) -> int:
+    """An upper bound of the values in a JSON text, counted without parsing it."""
+    return text.count(b",") + text.count(b"[") + text.count(b"{")
 
 
 def table(value: object) -> dict[str, Any]:
@@ -46,6 +53,8 @@ class Frame(NamedTuple):
     payload: bytes
 
     def json(self) -> dict[str, Any]:
+        if json_items(self.payload) > MAX_JSON_ITEMS:
+            raise BadFrame(f"payload has more than {MAX_JSON_ITEMS} values")
         try:
             value = json.loads(self.payload)
         except (ValueError, RecursionError) as e:

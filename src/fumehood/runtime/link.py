@@ -19,10 +19,11 @@ from fumehood.errors import (
     WireError,
 )
 
-# Above this a stream's unread frames stop the reading of the whole channel, so that a flood meets the kernel's socket
+# Above this the unread frames of all streams stop the reading of the whole channel, so that a flood meets the kernel's socket
 # buffer and then blocks its author: a sandbox can make the host hold this much and no more (H15).
 _BUFFERED_BYTES = 8 << 20
 _FRAME_BYTES = 256  # what an unread frame costs beside its payload: eight million frames of a byte are no 8 MiB
+_CALL_TIMEOUT_S = 60
 _ERRORS: dict[str, type[FumehoodError]] = {
     "invalid": InvalidInput,
     "unsupported": InvalidInput,
@@ -161,7 +162,15 @@ class Link:
         return stream
 
     async def call(self, verb: str, **arguments: Any) -> dict[str, Any]:
-        return await (await self.open(verb, **arguments)).result()
+        """A stream of which only the end matters. Raises AgentUnresponsive after a minute, as in a paused sandbox."""
+        stream = await self.open(verb, **arguments)
+        try:
+            async with asyncio.timeout(_CALL_TIMEOUT_S):
+                return await stream.result()
+        except TimeoutError:
+            raise AgentUnresponsive(f"{verb} was not answered within {_CALL_TIMEOUT_S} s") from None
+        finally:
+            stream.abandon()
 
     async def send(self, frame: bytes) -> None:
         try:
@@ -169,7 +178,7 @@ class Link:
                 self._writer.write(frame)
                 await self._writer.drain()
         except (ConnectionError, RuntimeError) as e:
-            self._lose(f"the channel broke: {e}")
+            self.lose(f"the channel broke: {e}")
             raise SandboxGone("the sandbox ended", cause=self.lost) from None
 
     def checked_json(self, frame: wire.Frame) -> dict[str, Any]:
@@ -202,23 +211,23 @@ class Link:
                 if (stream := self._streams.get(frame.stream)) is None:
                     continue
                 stream._push(frame)  # pyright: ignore[reportPrivateUsage]
-                if stream.buffered_bytes >= _BUFFERED_BYTES:
-                    self._space.clear()
-                    self.room()
-                    await self._space.wait()
+                self._space.clear()
+                self.room()
+                await self._space.wait()
         except WireError as e:
-            self._lose(f"{e.message}: {e.cause}")
+            self.lose(f"{e.message}: {e.cause}")
         except (asyncio.IncompleteReadError, ConnectionError):
-            self._lose("the agent's end of the channel closed")
+            self.lose("the agent's end of the channel closed")
 
-    def _lose(self, why: str) -> None:
+    def lose(self, why: str) -> None:
+        """Who waits for a frame is told. Needed where no reading finds the end: unread frames of another stream stop it."""
         self.lost = self.lost or why
         self._writer.close()
         for stream in self._streams.values():
             stream._arrived.set()  # pyright: ignore[reportPrivateUsage]
 
     async def aclose(self) -> None:
-        self._lose("closed by its owner")
+        self.lose("closed by its owner")
         if self._task is not None:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
