@@ -162,11 +162,17 @@ def test_input_says_that_nobody_answers(session: Client):
 def test_sigint_interrupts_a_run_and_the_state_stays(session: Client, code: str):
     session.run("keep = [1]")
     answer = session.run(code, interrupt_at="go")
-    assert answer.outcome == "interrupted"
-    assert answer.error["name"] == "KeyboardInterrupt"
+    assert answer.outcome == "interrupted", answer
     assert "fumehood/agent" not in answer.error["traceback"]
     after = session.run("import asyncio\nawait asyncio.sleep(0.05)\nkeep")
     assert (after.main["text/plain"], after.stdout) == ("[1]", "")
+
+
+def test_an_interrupt_that_user_code_turns_into_an_error_is_an_interrupt(session: Client):
+    code = "import time\ntry:\n    print('go')\n    time.sleep(300)\nexcept KeyboardInterrupt:\n    raise ValueError('cut')"
+    answer = session.run(code, interrupt_at="go")
+    assert (answer.outcome, answer.error["name"]) == ("interrupted", "ValueError")
+    assert session.run("1 / 0").outcome == "error"
 
 
 def test_sigint_between_runs_is_ignored(session: Client):
@@ -196,7 +202,7 @@ def test_a_storm_of_interrupts_never_breaks_the_frames(session: Client):
     # Each display() writes a frame much larger than the socket's buffer, so that signals fall into the middle of writes.
     for _ in range(10):
         answer = session.run("print('go')\nwhile True:\n    display('x' * 2_000_000)", interrupt_at="go")
-        assert answer.outcome == "interrupted"
+        assert answer.outcome == "interrupted", answer.events[-2:]
     assert session.run("1").main["text/plain"] == "1"
 
 

@@ -85,7 +85,7 @@ class Session:
     def __init__(self, control: socket.socket, executor: Executor) -> None:
         self._executor = executor
         self._stream = 0
-        self._running = self._taken = self._sending = self._interrupt_owed = False
+        self._running = self._interrupted = self._taken = self._sending = self._interrupt_owed = False
         self._twin = False
         self._attach(control)
         executor.emit = self._emit
@@ -125,10 +125,13 @@ class Session:
     def _run(self, request: dict[str, Any]) -> None:
         code, env = _code_and_env(request)
         count = self._executor.execution_count
+        self._interrupted = False
         try:
             self._running = True
             self._emit({"type": "count", "execution_count": count})  # and raises an interrupt that is owed
             outcome = self._executor.run(code, env)
+            if self._interrupted and outcome["outcome"] == "error":
+                outcome["outcome"] = "interrupted"  # libraries turn KeyboardInterrupt into errors of their own
         except KeyboardInterrupt:
             self._running = False  # it came before or after the user's code
             self._emit({"type": "error", "name": "KeyboardInterrupt", "value": "", "traceback": "KeyboardInterrupt"})
@@ -146,6 +149,7 @@ class Session:
         if os.getpid() != self._pid or not (self._taken or select.select([self._control], [], [], 0)[0]):
             return
         if self._running and not self._sending:
+            self._interrupted = True
             raise KeyboardInterrupt
         self._interrupt_owed = True
 
@@ -172,7 +176,7 @@ class Session:
             if main:
                 self._sending = False
         if main and self._running and self._interrupt_owed:
-            self._interrupt_owed = False
+            self._interrupt_owed, self._interrupted = False, True
             raise KeyboardInterrupt
 
     def _fork(self, _request: dict[str, Any]) -> None:
