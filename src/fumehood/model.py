@@ -34,15 +34,9 @@ class SandboxState(StrEnum):
 
 _MOVES: Mapping[SandboxState, frozenset[SandboxState]] = {
     SandboxState.CREATING: frozenset({SandboxState.READY, SandboxState.STOPPED}),
-    SandboxState.READY: frozenset(
-        {SandboxState.RUNNING, SandboxState.PAUSED, SandboxState.QUARANTINED, SandboxState.STOPPED}
-    ),
-    SandboxState.RUNNING: frozenset(
-        {SandboxState.READY, SandboxState.PAUSED, SandboxState.QUARANTINED, SandboxState.STOPPED}
-    ),
-    SandboxState.PAUSED: frozenset(
-        {SandboxState.READY, SandboxState.RUNNING, SandboxState.QUARANTINED, SandboxState.STOPPED}
-    ),
+    SandboxState.READY: frozenset({SandboxState.RUNNING, SandboxState.PAUSED, SandboxState.QUARANTINED, SandboxState.STOPPED}),
+    SandboxState.RUNNING: frozenset({SandboxState.READY, SandboxState.PAUSED, SandboxState.QUARANTINED, SandboxState.STOPPED}),
+    SandboxState.PAUSED: frozenset({SandboxState.READY, SandboxState.RUNNING, SandboxState.QUARANTINED, SandboxState.STOPPED}),
     SandboxState.QUARANTINED: frozenset({SandboxState.PAUSED, SandboxState.STOPPED}),
     SandboxState.STOPPED: frozenset(),
 }

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from fumehood.config import Config
-from fumehood.errors import FumehoodError, InvalidInput, NotFound, SandboxGone
+from fumehood.errors import FumehoodError, InvalidInput, InvalidTransition, NotFound, SandboxGone
 from fumehood.events import EgressDenied, Event, SyscallRefused
 from fumehood.execution import Capture, Followed, Sinks, follow
 from fumehood.model import (
@@ -115,6 +115,8 @@ class Live:
     def _enter(self) -> None:
         if self.state is SandboxState.STOPPED:
             raise SandboxGone("the sandbox ended", cause=self.gone_because, remediation="create a new sandbox")
+        if self.state in (SandboxState.PAUSED, SandboxState.QUARANTINED):
+            raise InvalidTransition(f"the sandbox is {self.state}", remediation="resume() it first")
         if self.state is not SandboxState.RUNNING:
             self.state = move(self.state, SandboxState.RUNNING)
         self._active += 1
@@ -186,6 +188,7 @@ class Live:
             self.gone_because = cause
             self.state = move(self.state, SandboxState.STOPPED)
             await self.handle.kill()
+            self.link.lose(cause)
 
     async def limit(self, limits: Limits) -> None:
         await self.handle.limit(limits)

@@ -232,6 +232,8 @@ def test_pause_stops_the_code_and_resume_continues_it(box: Sandbox) -> None:
     box.pause()
     with pytest.raises(InvalidTransition):
         box.pause()
+    with pytest.raises(InvalidTransition, match="paused"):
+        box.run("1")
     frozen = box.stats().usage.cpu_s
     time.sleep(0.3)
     assert box.stats().usage.cpu_s == pytest.approx(frozen, abs=0.02)

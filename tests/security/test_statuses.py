@@ -7,6 +7,7 @@ import pytest
 from attack import PRELUDE
 
 from fumehood import Sandbox
+from fumehood.errors import SetupFailed
 from fumehood.model import MIB
 
 pytestmark = pytest.mark.rootless
@@ -93,3 +94,19 @@ def test_a_connection_attempt_is_egress_denied_with_its_address(box: Sandbox) ->
     result = box.run("import socket\nsocket.create_connection(('192.0.2.7', 443), 2)")
     assert result.status == "egress_denied"
     assert [(c.address, c.port, c.allowed) for c in result.connections] == [("192.0.2.7", 443, False)]
+
+
+def test_a_look_up_of_a_name_is_an_attempt_to_leave() -> None:
+    """H9, M16: what model-written code tries first is a host by its name."""
+    with Sandbox(tier="native") as box:
+        result = box.run("import socket; socket.create_connection(('example.com', 443))")
+        assert result.status == "egress_denied" and result.connections[0].port == 53
+
+
+@pytest.mark.parametrize(
+    "files", [{"read_only": ["/home/user/later"]}, {"hidden": ["/home/user/.later"]}, {"writable": ["/usr/share", "/tmp"]}]
+)
+def test_a_file_rule_that_could_not_hold_means_no_sandbox(files: dict[str, list[str]]) -> None:
+    """H13: a path that is not there yet can be neither hidden nor kept from writing."""
+    with pytest.raises(SetupFailed, match="file-rules"), Sandbox(tier="native", policy={"files": files}):
+        pass

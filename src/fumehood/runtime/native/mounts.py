@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import cache
 
 from fumehood.runtime.native import syscalls as sc
-from fumehood.runtime.native.root import HOME, SUPPORT, UID, bind, set_read_only
+from fumehood.runtime.native.root import HOME, SUPPORT, UID, bind
 
 OWN_DIRECTORIES = (HOME, "/tmp", "/dev/shm")
 _FLAGS = sc.MS_NOSUID | sc.MS_NODEV
@@ -99,15 +99,19 @@ def mask(path: str) -> None:
 
 def terminals() -> None:
     # An instance of its own: TIOCSTI or a reopened /dev/pts/N can't reach a terminal of the host.
-    sc.mount("devpts", "/dev/pts", "devpts", sc.MS_NOSUID | sc.MS_NOEXEC, "newinstance,ptmxmode=0666,mode=0620")
+    # max: the host has 3072 for all but itself (kernel.pty), which one sandbox could take from the others (H15).
+    sc.mount("devpts", "/dev/pts", "devpts", sc.MS_NOSUID | sc.MS_NOEXEC, "newinstance,ptmxmode=0666,mode=0620,max=64")
 
 
-def apply_rules(read_only: Sequence[str], hidden: Sequence[str]) -> None:
-    """Mount-level part of the policy's file rules; paths that do not exist can't be read either way."""
+def apply_rules(writable: Sequence[str], read_only: Sequence[str], hidden: Sequence[str]) -> None:
+    """The mounts' part of the policy's file rules. Raises OSError for a rule that could not hold: it fails closed (H13)."""
+    for path in writable:
+        if not os.access(path, os.W_OK):
+            raise OSError(f"the policy's writable path {path} is missing or on a read-only mount; add it as a writable mount")
+    for path in (*read_only, *hidden):
+        if not os.path.exists(path):
+            raise OSError(f"the policy names {path}, which is not there when a sandbox starts, so it could be made later")
     for path in read_only:
-        if os.path.exists(path):
-            bind(path, path)
-            set_read_only(path)
+        bind(path, path)
     for path in hidden:
-        if os.path.exists(path):
-            mask(path)
+        mask(path)

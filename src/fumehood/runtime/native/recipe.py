@@ -104,7 +104,7 @@ def _steps(plan: dict[str, Any], channel: socket.socket, doors: list[int]) -> li
         ("disk", lambda: _send_fd(channel, mounts.disk(plan["disk_bytes"], plan["inodes"], plan["shown"]))),
         ("terminals", mounts.terminals),
         ("proc", lambda: mounts.proc(plan["memory_bytes"])),
-        ("file-rules", lambda: mounts.apply_rules(plan["read_only"], plan["hidden"])),
+        ("file-rules", lambda: mounts.apply_rules(plan["writable"], plan["read_only"], plan["hidden"])),
         ("no-new-privs", capabilities.no_new_privs),
         ("capabilities", capabilities.drop_all),
         ("rlimits", lambda: _rlimits(plan["rlimits"])),
