@@ -18,7 +18,8 @@ from fumehood.runtime.link import Link, Stream
 # A run that does not end this long after its cancellation takes the whole sandbox along, so that "timeout" means the
 # stated deadline to within a quarter of a second, whatever the guest does (H17).
 STOP_GRACE_S = 0.2
-_MAX_RESULTS, _MAX_RESULT_BYTES, _MAX_CHANGES = 256, 32 << 20, 1_000
+_MAX_RESULTS, _MAX_RESULT_BYTES, _MAX_CHANGES = 256, 64 << 20, 1_000
+_ITEM_BYTES = 64  # what a value takes once parsed: results of 3 bytes each, `{},`, must not take 25 times their text
 _STREAMS = {wire.STDOUT: "stdout", wire.STDERR: "stderr", wire.TERMINAL: "stdout"}
 
 
@@ -56,7 +57,7 @@ class Capture:
         if frame.kind == wire.DATA:
             self._output(_STREAMS.get(frame.payload[0], "stdout"), frame.payload[1:])
         else:
-            self._event(link.checked_json(frame), len(frame.payload))
+            self._event(link.checked_json(frame), len(frame.payload) + _ITEM_BYTES * wire.json_items(frame.payload))
 
     def _output(self, name: str, data: bytes) -> None:
         self._total_bytes += len(data)

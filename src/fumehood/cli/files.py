@@ -73,7 +73,7 @@ async def copy_out(box: AsyncSandbox, paths: Iterable[str], out: Path) -> list[s
             data = await _plain_file(box, path, left)
             write_plain(out, parts, data)
             left -= len(data)
-        except (Unsafe, FileFault, NotFound, OSError) as e:
+        except (Unsafe, FileFault, InvalidInput, NotFound, OSError) as e:  # any may come of a file that changed since stat()
             refused.append(f"not copied out: {path[:200]!r}: {e}")
     return refused
 
@@ -84,7 +84,7 @@ async def _plain_file(box: AsyncSandbox, path: str, limit: int) -> bytes:
         raise Unsafe(f"a {entry.type}, not a plain file")
     if entry.size > limit:
         raise Unsafe(f"{entry.size} bytes are over the {limit} left of {MAX_OUT_BYTES}")
-    return await box.files.read(path)
+    return await box.files.read(path, limit_bytes=limit)
 
 
 def safe_parts(path: str) -> tuple[str, ...]:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 
 from fumehood.events import Event
 from fumehood.runtime.native.notify import Listener, read_announcement, take_listener
+from fumehood.runtime.native.peek import Destination
 
 _RETRY_S, _TRIES = 0.001, 2_000
 
@@ -22,6 +25,8 @@ class Listeners:
         self._loop = asyncio.get_running_loop()
         self._listeners: set[Listener] = set()
         self._closed = False
+        # One thread for each sandbox, started by its first connect: who blocks it makes nobody wait but itself.
+        self._looking = ThreadPoolExecutor(1, "fumehood-look")
         self._loop.add_reader(announcements.fileno(), self._announced)
 
     def _announced(self) -> None:
@@ -36,11 +41,19 @@ class Listeners:
         except ProcessLookupError:
             return
         if fd is not None:
-            listener = Listener(fd, self._sandbox_id, self._refused, self._on_event)
+            listener = Listener(fd, self._sandbox_id, self._refused, self._on_event, aside=self._aside)
             self._listeners.add(listener)
             self._loop.add_reader(fd, self._serve, listener)
         elif tries:
             self._loop.call_later(_RETRY_S, self._take, pid, number, tries - 1)
+
+    def _aside(self, look: Callable[[], list[Destination]], then: Callable[[list[Destination]], None]) -> None:
+        def found(future: Future[list[Destination]]) -> None:
+            if not future.cancelled():
+                self._loop.call_soon_threadsafe(then, future.result())
+
+        with suppress(RuntimeError):  # the interpreter is at its end: no thread any more, and soon no sandbox
+            self._looking.submit(look).add_done_callback(found)
 
     def _serve(self, listener: Listener) -> None:
         if not listener.handle():
@@ -55,5 +68,6 @@ class Listeners:
         self._closed = True
         self._loop.remove_reader(self._announcements.fileno())
         self._announcements.close()
+        self._looking.shutdown(wait=False, cancel_futures=True)
         for listener in list(self._listeners):
             self._drop(listener)

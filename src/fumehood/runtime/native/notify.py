@@ -1,7 +1,8 @@
 """Answers what the policy filter refuses, and counts it (M16, H25). One Listener per user process, in the supervisor.
 
 A guest can stop at any moment, lie in its memory, and spam; each `handle` takes a bounded number of calls, so a spammer
-waits for itself while the supervisor's other work goes on (H15). Nothing here blocks.
+waits for itself while the supervisor's other work goes on (H15). Only the look into its memory can block: it takes the
+lock of the guest's memory map, which a guest can hold for seconds. So Listeners has that done `aside`, in a thread.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from fumehood.errors import ProtectionUnavailable, WireError
 from fumehood.model import ConnectionAttempt
 from fumehood.runtime.native import peek, syscalls
 from fumehood.runtime.native.libseccomp import name_of
+from fumehood.runtime.native.peek import Destination
 from fumehood.runtime.native.seccomp_install import ANNOUNCEMENT, RENDEZVOUS
 
 REACH_FIX = "grant the supervisor CAP_SYS_PTRACE, or set kernel.yama.ptrace_scope below 3"
@@ -34,6 +36,13 @@ _GET_NOTIF_SIZES = 3
 _CREDENTIALS = struct.Struct("=iII")
 _LINK = "anon_inode:seccomp notify"
 _TALKS = ("connect", "sendto", "sendmsg", "sendmmsg")
+
+
+Aside = Callable[[Callable[[], list[Destination]], Callable[[list[Destination]], None]], None]
+
+
+def at_once(look: Callable[[], list[Destination]], then: Callable[[list[Destination]], None]) -> None:
+    then(look())
 
 
 class Call(NamedTuple):
@@ -88,7 +97,10 @@ def _sizes() -> tuple[int, int]:
 
 
 class Listener:
-    """`refused` is seccomp.refused_errno(profile). Owns `fd`. With `egress`, destinations are left to the proxy."""
+    """`refused` is seccomp.refused_errno(profile). Owns `fd`. With `egress`, destinations are left to the proxy.
+
+    `aside(look, then)` calls look(), wherever it may block, and later then(what it found) where handle() is called.
+    """
 
     def __init__(
         self,
@@ -98,8 +110,10 @@ class Listener:
         on_event: Callable[[events.Event], None],
         *,
         egress: bool = False,
+        aside: Aside = at_once,
     ) -> None:
         self._fd, self._sandbox_id, self._refused, self._on_event, self._egress = fd, sandbox_id, refused, on_event, egress
+        self._aside = aside
         self._sizes = _sizes()
         self._poll = select.poll()
         self._poll.register(fd, select.POLLIN)
@@ -141,7 +155,7 @@ class Listener:
         elif code := self._refused(call.data):
             self._refuse(call, code)
         elif call.name in _TALKS:
-            self._judge_destinations(call)
+            self._aside(lambda: self._destinations(call), lambda found: self._judge(call, found))
         else:  # the profile's two programs disagree: impossible, so closed
             self._refuse(call, errno.EPERM)
 
@@ -149,9 +163,13 @@ class Listener:
         self._on_event(events.SyscallRefused(self._sandbox_id, call.name, call.arch, call.args, call.pid))
         self._send(call, code, 0)
 
-    def _judge_destinations(self, call: Call) -> None:
-        leaving = [] if self._egress else [d for d in peek.destinations(call.name, call.pid, call.args) if not d.stays_inside]
-        if leaving:
+    def _destinations(self, call: Call) -> list[Destination]:
+        return [] if self._egress else list(peek.destinations(call.name, call.pid, call.args))
+
+    def _judge(self, call: Call, found: list[Destination]) -> None:
+        if self._fd < 0:  # closed meanwhile, and so answered
+            return
+        if leaving := [d for d in found if not d.stays_inside]:
             protocol = peek.protocol(call.pid, call.args[0])
             if not self._valid(call):  # died meanwhile, its pid may be another's: what was read means nothing
                 return

@@ -41,7 +41,7 @@ class Watch:
         if init is None:
             raise NotFound(f"no process {self.pid}", cause="the sandbox has ended", remediation="make a new sandbox")
         self._started = init.started
-        self._usage = Usage()
+        self._usage, self._memory_bytes = Usage(), 0
 
     def sample(self) -> Stats:
         """One look at every process. What only grows never shrinks between samples. Zero live figures once it ended.
@@ -49,9 +49,16 @@ class Watch:
         Blocking, and a hostile process can make it wait (reading PSS takes the lock on its memory map): in a thread.
         """
         members = self._members()
-        memory = sum(_memory(pid, process) for pid, process in members.items())
+        self._memory_bytes = sum(_memory(pid, process) for pid, process in members.items())
+        return self._note(members, *map(sum, zip((0, 0), *map(_io, members), strict=True)))
+
+    def glance(self) -> Stats:
+        """The same without what can block: memory and block I/O are those of the last sample."""
+        return self._note(self._members(), 0, 0)
+
+    def _note(self, members: dict[int, _Process], read: int, write: int) -> Stats:
+        memory = self._memory_bytes if members else 0
         threads = sum(process.threads for process in members.values())
-        read, write = (sum(column) for column in zip(*map(_io, members), strict=True)) if members else (0, 0)
         past = self._usage
         self._usage = Usage(
             cpu_s=max(past.cpu_s, sum(process.ticks for process in members.values()) / _TICKS),
@@ -146,11 +153,12 @@ def _signal(pid: int, process: _Process, number: int) -> None:
 def _memory(pid: int, process: _Process) -> int:
     """PSS with swap: a sandbox shares over 100 MiB with its zygote, which RSS would charge anew to each process.
 
-    Where PSS can't be read, RSS errs on the safe side.
+    Where PSS can't be read, RSS errs on the safe side. Page tables besides: 256 GiB of the zero page are half a GiB of them.
     """
     rollup = _read(pid, "smaps_rollup")
     kib = [int(line.split()[1]) for line in rollup.splitlines() if line.startswith(("Pss:", "SwapPss:"))]
-    return sum(kib) * 1024 if kib else process.rss_bytes
+    tables = [int(line.split()[1]) for line in _read(pid, "status").splitlines() if line.startswith("VmPTE:")]
+    return (sum(kib) * 1024 if kib else process.rss_bytes) + sum(tables) * 1024
 
 
 def _io(pid: int) -> tuple[int, int]:
