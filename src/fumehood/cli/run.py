@@ -125,7 +125,7 @@ _ADVICE: dict[str, str] = {
     "disk_full": "allow more with --disk SIZE",
     "output_limit": "print less, or write to a file and use --out",
     "syscall_refused": "choose another --policy if the program may use this system call",
-    "egress_denied": "choose a --policy that allows this destination",
+    "egress_denied": "the sandbox has no network in this generation; bring data in with --in",
 }
 
 
