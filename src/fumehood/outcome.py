@@ -36,7 +36,7 @@ def decide(facts: Facts, limits: Limits) -> tuple[Status, str]:
         return "cancelled", "the caller cancelled it"
     if new_ooms > 0 and (failed or facts.ended != "end"):
         peak = facts.after.usage.peak_memory_bytes
-        return "oom", f"the kernel killed {new_ooms} process(es): memory limit {limits.memory_bytes}, peak {peak} bytes"
+        return "oom", f"ended for memory: limit {limits.memory_bytes}, peak {peak} bytes"  # by the kernel or by a watchdog
     if facts.ended == "timeout":
         return "timeout", f"the deadline of {facts.deadline_s:g} s, enforced by the host, passed"
     if facts.ended == "output_limit":
