@@ -52,7 +52,9 @@ async def watched() -> AsyncGenerator[Host]:
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fumehood-host-")))
         (folder / "secret").write_text(secret)
-        process = await asyncio.create_subprocess_exec(sys.executable, "-c", "import time; time.sleep(3600)", decoy)
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", "import time; time.sleep(3600)", decoy, start_new_session=True  # Ctrl-C is not for it
+        )
         stack.push_async_callback(_end, process)
         doors = await _doors(stack, folder, secret)
         facts = {"hostname": socket.gethostname(), "pid": process.pid, "decoy": decoy, "mark": mark,
@@ -61,7 +63,8 @@ async def watched() -> AsyncGenerator[Host]:
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:
-    process.kill()
+    with suppress(ProcessLookupError):  # somebody else ended it, and it is reaped: nothing is left to do
+        process.kill()
     await process.wait()
 
 
