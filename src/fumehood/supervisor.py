@@ -36,6 +36,7 @@ from fumehood.runtime.base import Handle, Runtime, Stats
 from fumehood.runtime.link import Link
 
 MAX_CODE_BYTES = 4 << 20
+_KILL_WAIT_S = 1.0
 _MAX_DISTINCT = 1_000  # different refused calls or addresses remembered for each sandbox
 
 
@@ -53,6 +54,7 @@ class Live:
         self._refused: Counter[tuple[str, str]] = Counter()
         self._attempts: Counter[ConnectionAttempt] = Counter()
         self._expiry: asyncio.TimerHandle | None = None
+        self._ending: asyncio.Task[None] | None = None
 
     def note(self, event: Event) -> None:
         """Host-side events only; nothing that the guest says arrives here (H16)."""
@@ -183,11 +185,16 @@ class Live:
         await self.handle.resume()
 
     async def kill(self, cause: str = "killed by its owner") -> None:
-        """End every process, now. The state and the accounts stay readable until close()."""
+        """End every process, now. The state and the accounts stay readable until close().
+
+        Returns after at most _KILL_WAIT_S: the kernel may need longer to take down a hundred GiB of page tables, which
+        must not stretch a deadline (H17); close() waits for it.
+        """
         if self.state is not SandboxState.STOPPED:
             self.gone_because = cause
             self.state = move(self.state, SandboxState.STOPPED)
-            await self.handle.kill()
+            self._ending = asyncio.create_task(self.handle.kill())
+            await asyncio.wait({self._ending}, timeout=_KILL_WAIT_S)
             self.link.lose(cause)
 
     async def limit(self, limits: Limits) -> None:
@@ -202,6 +209,8 @@ class Live:
         if self._expiry is not None:
             self._expiry.cancel()
         await self.kill("closed")
+        if self._ending is not None:
+            await self._ending
         await self.link.aclose()
         await self.handle.aclose()
 

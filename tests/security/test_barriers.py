@@ -176,9 +176,9 @@ def test_the_cgroup_namespace_alone_hides_where_in_the_hosts_tree_it_is() -> Non
 def test_an_agent_that_is_not_dumpable_alone_keeps_its_memory_closed() -> None:
     """H16: user code has the agent's uid, so this is what stops /proc/1/mem."""
     attack = "attempt(read, '/proc/1/maps'); attempt(open, '/proc/1/mem', 'rb'); attempt(os.listdir, '/proc/1/fd')"
-    with opened() as box:
+    with opened(("separate",)) as box:
         assert words(box, attack) == ["EACCES"] * 3
-    with opened(("dumpable",)) as box:
+    with opened(("dumpable", "separate")) as box:
         assert words(box, attack) == ["through"] * 3
 
 
@@ -244,3 +244,17 @@ def test_a_barrier_that_fails_means_no_sandbox() -> None:
     with switched(fail_at="landlock"), pytest.raises(SetupFailed) as e, Sandbox(tier="native"):
         pass
     assert "landlock" in str(e.value)
+
+
+def test_a_domain_of_its_own_alone_keeps_one_process_from_tracing_another() -> None:
+    """H16: between becoming dumpable and its filter a process must not be a sibling's way around its own."""
+    attack = (
+        "import ctypes, subprocess, sys\n"
+        "other = int(open('/tmp/pid').read())\n"
+        "print(ctypes.CDLL(None, use_errno=True).ptrace(16, other, 0, 0))"  # PTRACE_ATTACH
+    )
+    for off, expected in ((), "-1"), (("separate",), "0"):
+        with opened((*FILTERS, *off)) as box:
+            sleeper = box.start(["sleep", "20"])
+            box.files.write("/tmp/pid", str(sleeper.pid))
+            assert box.run(attack).stdout.strip() == expected

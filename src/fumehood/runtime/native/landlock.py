@@ -1,7 +1,7 @@
 """Landlock: what is not writable stays unwritable even if a mount is missed. Standard library only, runs inside.
 
-Called once more in each user process, its domain also can't reach out: no signal to the agent or to another execution,
-no abstract socket of theirs (ABI 6), no /proc/<agent>/mem (a domain may only trace inside itself, any ABI). H16, H24.
+`separate`, called in each user process, gives it a domain of its own below the sandbox's: a domain may only trace inside
+itself, so user code can neither trace the agent nor a child of it that is not filtered yet (H16).
 """
 
 from __future__ import annotations
@@ -103,3 +103,14 @@ def restrict(writable: Sequence[str], read_only: Sequence[str] = (), execute: Se
     finally:
         os.close(ruleset)
     return Restricted(version, tuple(left))
+
+
+def separate() -> None:
+    """A nested domain that takes nothing else away: making block devices is refused already. Needs no_new_privs."""
+    if not abi():
+        return
+    ruleset = syscalls.call(syscalls.LANDLOCK_CREATE_RULESET, struct.pack("=Q", _MAKE_BLOCK), 8, 0)
+    try:
+        syscalls.call(syscalls.LANDLOCK_RESTRICT_SELF, ruleset, 0)
+    finally:
+        os.close(ruleset)

@@ -8,7 +8,7 @@ Order is security here, and each place has its reason:
   5 mounts                       /proc last of them: it masks with what the root holds
   6 file rules                   on top of the mounts
   7 no_new_privs, capabilities   Landlock and seccomp need the first; nothing privileged comes after
-  8 rlimits, Landlock            Landlock before seccomp, whose floor refuses its calls
+  8 rlimits, Landlock            after 7, which they need or must not undo
   9 seccomp floor                last: the steps above need what it refuses
 Only then does the agent read its first byte; nothing that a caller controls ran before (H8).
 """
@@ -151,5 +151,8 @@ def _rlimits(limits: dict[str, int]) -> None:
 
 def _confine(plan: dict[str, Any], policy: bytes, announce_fd: int) -> None:
     """In every child of the agent, last thing before the caller's code. Closes `announce_fd` in that child."""
-    if "seccomp-policy" not in plan.get("without", ()):
+    without = plan.get("without", ())
+    if not {"landlock", "separate"} & set(without):
+        landlock.separate()  # before the listener makes this process dumpable, while it has no filter yet
+    if "seccomp-policy" not in without:
         seccomp_install.install_with_listener(policy, announce_fd)
