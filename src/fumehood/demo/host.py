@@ -53,7 +53,11 @@ async def watched() -> AsyncGenerator[Host]:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fumehood-host-")))
         (folder / "secret").write_text(secret)
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-c", "import time; time.sleep(3600)", decoy, start_new_session=True  # Ctrl-C is not for it
+            sys.executable,
+            "-c",
+            "import time; time.sleep(3600)",
+            decoy,
+            start_new_session=True,  # Ctrl-C is not for it
         )
         stack.push_async_callback(_end, process)
         doors = await _doors(stack, folder, secret)
