@@ -24,6 +24,7 @@ def test_the_demo_analyses_real_data_and_contains_three_hostile_programs(fumehoo
 @pytest.mark.data
 def test_people_see_the_table_the_files_and_each_hostile_program(fumehood: Run) -> None:
     text = fumehood("demo", timeout=120).stdout
-    assert "NOT CONTAINED" not in text
+    assert "NOT CONTAINED" not in text and "\u2026" not in text
+    assert "1.1.1.1:443" in text and "ended for memory" in text
     for word in ("wet_days", "weather.png", "fork bomb", "pids_limit", "oom"):
         assert word in text

@@ -34,3 +34,11 @@ def test_the_table_for_people_names_the_same_protections(fumehood: Run) -> None:
     names = {p["name"] for p in json.loads(fumehood("doctor", "--json").stdout)["protections"]}
     text = fumehood("doctor").stdout
     assert all(name in text for name in names)
+
+
+def test_no_text_is_cut_and_each_fix_is_shown_once(fumehood: Run) -> None:
+    found = json.loads(fumehood("doctor", "--json").stdout)
+    text = fumehood("doctor").stdout
+    assert "\u2026" not in text
+    for fix in {p["fix"] for p in found["protections"]} - {""}:
+        assert " ".join(text.split()).count(" ".join(fix.split())) == 1, fix

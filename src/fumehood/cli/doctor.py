@@ -18,7 +18,7 @@ _COLOURS = {"enforced": "green", "degraded": "yellow", "off": "red"}
 
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one object and nothing else.")] = False,
-    tier: Annotated[str, typer.Option(help="auto, native, oci or microvm.")] = "auto",
+    tier: Annotated[str, typer.Option(help="auto, native or fake.")] = "auto",
 ) -> None:
     """Check this host; exit 1 when something that the default policy requires is not enforced."""
     exits.drive(_doctor(as_json, tier), as_json=as_json)
@@ -70,14 +70,17 @@ def _read(path: str) -> str | None:
 
 def _show(found: Any, lacking: list[str]) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
     console = Console()
     console.print(f"tier {found.tier}: {'available' if found.available else f'not available: {found.reason}'}")
-    table = Table("protection", "state", "detail", "fix")
+    table = Table("protection", "state", Column("detail", overflow="fold"))
     for p in found.protections:
         name = f"{p.name} (required)" if p.name in lacking else p.name
-        table.add_row(name, Text(str(p.state), _COLOURS[p.state]), p.detail, p.fix)
+        table.add_row(name, Text(str(p.state), _COLOURS[p.state]), p.detail)
     console.print(table)
+    for fix in dict.fromkeys(p.fix for p in found.protections if p.fix):  # one fix often serves several
+        names = ", ".join(p.name for p in found.protections if p.fix == fix)
+        console.print(Text(f"{names}: ", "bold").append(fix, "not bold"))
     console.print(", ".join(f"{k} {v}" for k, v in host_facts().items() if v is not None), highlight=False)

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -163,14 +164,17 @@ def _line(number: int, verdict: Verdict) -> None:
 
 def _table(verdicts: list[Verdict], counts: dict[str, Any]) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
-    table = Table("attempt", "hazard", "contained by", "outcome", title="escape attempts, each in a sandbox of its own")
+    fold = partial(Column, overflow="fold")  # evidence may be one long word; it is not to be cut
+    table = Table(
+        "hazard", fold("attempt"), fold("contained by"), "outcome", title="escape attempts, each in a sandbox of its own"
+    )
     for v in verdicts:
         by = v.by if v.outcome == "contained" else "; ".join(v.evidence)
         # Text, not markup: guest output may hold [tags].
-        table.add_row(v.attempt, v.hazard, Text(by), Text(v.outcome, _COLOURS[v.outcome]))
+        table.add_row(v.hazard, v.attempt, Text(by), Text(v.outcome, _COLOURS[v.outcome]))
     console = Console()
     console.print(table)
     console.print(", ".join(f"{n} {kind}" for kind, n in counts.items()))
