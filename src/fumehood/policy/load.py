@@ -52,6 +52,11 @@ def chain(source: Source) -> list[Policy]:
         source = policy.extends
 
 
+def profile_of(source: Source) -> str:
+    """The file of the seccomp profile that holds for `source`; "" if there is none or it was given as an object."""
+    return next((document.profile for document in reversed(chain(source)) if document.seccomp is not None), "")
+
+
 def _open(source: Source, here: Path) -> tuple[Policy, str, Path]:
     """(policy, a label that is the same for the same source, the directory that its relative paths start at)."""
     if isinstance(source, Policy):
@@ -101,10 +106,12 @@ def _parse(text: str, where: str, here: Path) -> Policy:
 
 
 def _policy(data: dict[str, Any], where: str, here: Path, lines: document.Lines) -> Policy:
+    profile = ""
     if isinstance(data.get("seccomp"), str):
-        data = {**data, "seccomp": _profile((here / data["seccomp"]).resolve())}
+        path = (here / data["seccomp"]).resolve()
+        data, profile = {**data, "seccomp": _profile(path)}, str(path)
     try:
-        return Policy(**data)
+        return Policy(**data).read_from(where, profile)
     except PolicyError as e:
         found = (lines.get(tuple(str(p) for p in key if isinstance(p, str))) for key in e.details["keys"])
         line = next((n for n in found if n), None)

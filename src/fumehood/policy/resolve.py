@@ -65,11 +65,15 @@ def settle(documents: Sequence[Policy], template: str | Template | None = None) 
     )
     if faults := list(contradictions(spec)):
         raise PolicyError(
-            f"policy {spec.policy_name!r} contradicts itself: " + "; ".join(faults),
+            f"{_origin(documents)}policy {spec.policy_name!r} contradicts itself: " + "; ".join(faults),
             cause="two of its rules can't both hold",
             remediation="drop one rule of each pair named above",
         )
     return replace(spec, policy_hash=digest(spec))
+
+
+def _origin(documents: Sequence[Policy]) -> str:
+    return next((f"{d.origin}: " for d in reversed(documents) if d.origin.startswith("/")), "")
 
 
 def _last(documents: Sequence[Policy], key: str) -> Any:

@@ -10,9 +10,18 @@ import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, fields
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_core import ErrorDetails
 
 from fumehood.errors import PolicyError
@@ -42,7 +51,8 @@ def _size(value: object) -> int:
     return int(amount)
 
 
-def _duration(value: object) -> float:
+def duration(value: object) -> float:
+    """Seconds, from a number or text such as "90s". Raises ValueError."""
     return _quantity(value, _TIME_UNITS, '"30s"')
 
 
@@ -71,7 +81,7 @@ def _refuse_allow(value: object) -> object:
 
 
 Size = Annotated[int, BeforeValidator(_size)]
-Duration = Annotated[float, BeforeValidator(_duration)]
+Duration = Annotated[float, BeforeValidator(duration)]
 AbsolutePath = Annotated[str, BeforeValidator(lambda v: _absolute(v) if isinstance(v, str) else v)]
 Module = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$")]
 Paths = Annotated[tuple[AbsolutePath, ...], Field(strict=False, max_length=256)]  # a TOML array is a list
@@ -161,11 +171,29 @@ class Policy(_Section):
     env: dict[EnvName, EnvValue] = {}
     require: Annotated[frozenset[str], Field(strict=False)] = frozenset()
 
+    _origin: str = PrivateAttr("")  # its own file, and that of its seccomp profile: for messages only
+    _profile: str = PrivateAttr("")
+
     def __init__(self, /, **data: Any) -> None:
         try:
             super().__init__(**data)
         except ValidationError as e:
             raise _refusal(e.errors(include_url=False)) from None
+
+    @property
+    def origin(self) -> str:
+        """Its file's path, `preset NAME.toml` or `<mapping>`; "" for a Policy made in Python."""
+        return self._origin
+
+    @property
+    def profile(self) -> str:
+        """The path of its seccomp profile's file; "" if there is none."""
+        return self._profile
+
+    def read_from(self, origin: str, profile: str) -> Self:
+        """Say where it came from."""
+        self._origin, self._profile = origin, profile
+        return self
 
     @field_validator("template", mode="before")
     @classmethod
