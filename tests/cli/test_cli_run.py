@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fumehood.cli.run import parse_size
+from fumehood import __version__
+from fumehood.cli.run import parse_duration, parse_size
 from fumehood.errors import InvalidInput
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -58,7 +59,7 @@ def test_json_is_one_result_object_and_nothing_else(fumehood: Run) -> None:
 
 def test_json_carries_a_failure_of_our_own_too(fumehood: Run) -> None:
     done = fumehood("run", "--json", "-c", "1", "--policy", "no-such-preset")
-    assert (done.returncode, json.loads(done.stdout)["error"]["code"]) == (125, "invalid_policy")
+    assert (done.returncode, json.loads(done.stdout)["error"]["code"]) == (2, "invalid_policy")
 
 
 @pytest.mark.parametrize(
@@ -73,13 +74,19 @@ def test_json_carries_a_failure_of_our_own_too(fumehood: Run) -> None:
         ["run", "-c", "1", "--in", "no-such-file"],
         ["run", "-c", "1", "--out", "/dev/null/x"],
         ["run", "-c", "1", "--policy", "no-such-preset"],
+        ["run", "-c", "1", "--cpus", "abc"],
+        ["run", "-c", "1", "--timeout", "90q"],
+        ["run", "-c", "1", "--tier", "no-such-tier"],
+        ["run", "-c", "1", "--no-such-option"],
+        ["no-such-verb"],
+        ["demo", "no-such-demo"],
     ],
 )
 def test_bad_input_is_one_error_with_help_and_no_traceback(fumehood: Run, args: list[str]) -> None:
     done = fumehood(*args)
-    assert done.returncode == 125
+    assert done.returncode == 2
     assert done.stderr.startswith("error: ")
-    assert "help: " in done.stderr
+    assert "\ncause: " in done.stderr and "\nhelp: " in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
 
@@ -89,6 +96,46 @@ def test_a_program_comes_from_a_file_or_standard_input_in_its_language(fumehood:
     assert fumehood("run", "hello.sh").returncode == 3
     assert fumehood("run", "-", stdin="print('piped')").stdout == "piped\n"
     assert fumehood("run", "--language", "bash", "-c", "echo $((6*7))").stdout == "42\n"
+
+
+def test_another_language_is_not_taken_for_python_unless_that_is_said(fumehood: Run, tmp_path: Path) -> None:
+    (tmp_path / "x.rb").write_text("print(1)")
+    (tmp_path / "x").write_text("print(2)")
+    refused = fumehood("run", "x.rb")
+    assert (refused.returncode, refused.stdout) == (2, "") and ".rb is Ruby" in refused.stderr
+    assert fumehood("run", "--language", "python", "x.rb").stdout == "1\n"
+    assert fumehood("run", "x").stdout == "2\n"
+
+
+def test_the_version_is_the_packages(fumehood: Run) -> None:
+    assert fumehood("--version").stdout == f"fumehood {__version__}\n"
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90", 90), ("90s", 90), ("0.5", 0.5), ("5m", 300), ("250ms", 0.25)])
+def test_a_timeout_is_written_as_in_a_policy(text: str, seconds: float) -> None:
+    assert parse_duration(text) == seconds
+
+
+def test_a_bad_seccomp_profile_and_a_contradiction_name_their_file(fumehood: Run, tmp_path: Path) -> None:  # M6
+    (tmp_path / "calls.json").write_text('{"defaultAction": "SCMP_ACT_NONE", "syscalls": []}')
+    (tmp_path / "calls.toml").write_text('extends = "default"\nseccomp = "calls.json"\n')
+    (tmp_path / "times.toml").write_text('[limits]\ntimeout_s = "10s"\nlifetime_s = "5s"\n')
+    bad = fumehood("run", "-c", "1", "--policy", "calls.toml")
+    assert bad.returncode == 2 and str(tmp_path / "calls.json") in bad.stderr and "object" not in bad.stderr
+    assert f"error: {tmp_path / 'times.toml'}: " in fumehood("run", "-c", "1", "--policy", "times.toml").stderr
+
+
+def test_caches_below_hidden_directories_stay_inside_without_a_word(fumehood: Run, tmp_path: Path) -> None:
+    code = "import os\nos.makedirs('.cache/a')\nfor p in ('.cache/a/b', 'made'):\n    open(p, 'w').close()"
+    done = fumehood("run", "-c", code, "--out", "out")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [p.name for p in (tmp_path / "out").rglob("*")] == ["made"]
+
+
+def test_a_picture_that_is_none_is_a_note(fumehood: Run) -> None:
+    code = "from IPython.display import display\ndisplay({'image/png': 'x'}, raw=True)"
+    done = fumehood("run", "-c", code, "--out", "out")
+    assert done.returncode == 0 and "note: figure 1 was not copied out" in done.stderr
 
 
 def test_env_reaches_the_program_and_the_hosts_own_does_not(fumehood: Run, monkeypatch: pytest.MonkeyPatch) -> None:

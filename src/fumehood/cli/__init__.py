@@ -12,8 +12,8 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        from fumehood.cli.app import app
+        from fumehood.cli.app import start
 
-        app()
+        sys.exit(start())
     except KeyboardInterrupt:  # while still loading, so before there is any sandbox
         sys.exit(130)

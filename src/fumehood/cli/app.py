@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+from typing import Annotated, cast
+
 import typer
 
-from fumehood.cli import demo, doctor, run, shell
+from fumehood import __version__
+from fumehood.cli import demo, doctor, exits, run, shell
 
+_UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # of click, or of the copy that typer brings
 app = typer.Typer(
     name="fumehood",
-    help="Runs code that an AI wrote, on a machine you own, so that nothing it does matters outside.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -17,3 +20,29 @@ app.command(name="run", epilog=run.EPILOG)(run.run)
 app.command(name="shell")(shell.shell)
 app.command(name="doctor")(doctor.doctor)
 app.add_typer(demo.app, name="demo")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"fumehood {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def fumehood(
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    """Runs code that an AI wrote, on a machine you own, so that nothing it does matters outside."""
+
+
+def start() -> int:
+    """Run the verb that was asked for. Its exit code; 2 and our own three lines for wrong usage."""
+    if len(sys.argv) == 1:
+        sys.argv.append("--help")
+    try:
+        return app(prog_name="fumehood", standalone_mode=False) or 0
+    except _UsageError as e:
+        error = cast(typer.BadParameter, e)
+        verb = error.ctx.command_path if error.ctx else "fumehood"
+        exits.complain(f"wrong usage of {verb}", error.format_message(), f"{verb} --help shows what it takes")
+        return exits.USAGE

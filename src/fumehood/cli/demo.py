@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fumehood.cli import exits, files
-from fumehood.errors import InvalidInput
+from fumehood.errors import NotFound
 from fumehood.model import Result
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ _HOSTILE = (
 )
 _Outcomes = list[tuple[str, Result, bool]]  # name, result, contained
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one object and nothing else.")]
-TierOption = Annotated[str, typer.Option(help="auto, native, oci or microvm.")]
+TierOption = Annotated[str, typer.Option(help="auto, native or fake.")]
 
 
 @app.callback()
@@ -115,7 +115,7 @@ def _data_set() -> Path:
     for folder in (spec and spec.submodule_search_locations) or ():
         if (path := Path(folder, "_data", DATA_SET)).is_file():
             return path
-    raise InvalidInput(
+    raise NotFound(
         "the demo's data set is not installed",
         cause=f"no {DATA_SET} in the package vega_datasets",
         remediation="pip install 'fumehood[data]'",
@@ -165,13 +165,14 @@ def _show_analysis(console: Console, result: Result, copied: list[str]) -> None:
 
 
 def _hostile_table(hostile: _Outcomes) -> Table:
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
-    table = Table("program", "outcome", "status", "cause", "refused and counted", "connections tried")
+    table = Table("program", "outcome", "status", Column("what the host saw", overflow="fold"))
     for name, result, contained in hostile:
         outcome = Text("contained", "green") if contained else Text("NOT CONTAINED", "bold red")
         refused = ", ".join(f"{s.name} x{s.count}" for s in result.refused_syscalls)
         tried = ", ".join(f"{c.address}:{c.port}" for c in result.connections)
-        table.add_row(name, outcome, result.status, result.cause, refused, tried)
+        seen = (result.cause, refused and f"refused: {refused}", tried and f"connections tried: {tried}")
+        table.add_row(name, outcome, result.status, Text("\n".join(filter(None, seen))))
     return table

@@ -13,10 +13,10 @@ from typing import Any
 
 import typer
 
-from fumehood.errors import FumehoodError, ProtectionUnavailable, SandboxGone
+from fumehood.errors import FumehoodError, InvalidInput, ProtectionUnavailable, SandboxGone
 from fumehood.model import Result, Status
 
-TIMEOUT, FAILED, REFUSED, KILLED, INTERRUPTED, TERMINATED = 124, 125, 126, 137, 130, 143
+USAGE, TIMEOUT, FAILED, REFUSED, KILLED, INTERRUPTED, TERMINATED = 2, 124, 125, 126, 137, 130, 143
 
 _BY_STATUS: dict[Status, int] = {
     "timeout": TIMEOUT,
@@ -55,6 +55,8 @@ def left_with(result: Result) -> int | None:
 
 
 def failure_code(error: FumehoodError) -> int:
+    if isinstance(error, InvalidInput):
+        return USAGE
     if isinstance(error, ProtectionUnavailable):
         return REFUSED
     return KILLED if isinstance(error, SandboxGone) else FAILED

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from fumehood.cli import exits, files
+from fumehood.cli import exits, files, profiles
 from fumehood.errors import InvalidInput, SandboxGone
 from fumehood.model import Result
 
@@ -22,11 +22,13 @@ if TYPE_CHECKING:
     from fumehood.client.sandbox import AsyncSandbox
 
 EPILOG = (
-    "Exit codes: the program's own (128 + n if signal n ended it); 2 wrong usage; 124 timeout; "
+    "Exit codes: the program's own (128 + n if signal n ended it); 2 wrong usage (options, program, policy); 124 timeout; "
     "137 out of memory or stopped by another limit; 125 fumehood failed; "
     "126 refused (a system call, the network, a protection that cannot be enforced); 130 Ctrl-C, the sandbox is gone."
 )
 _LANGUAGES = {".py": "python", ".sh": "bash", ".bash": "bash", ".js": "javascript", ".mjs": "javascript"}
+_NOT_RUN = {".rb": "Ruby", ".pl": "Perl", ".go": "Go", ".rs": "Rust", ".c": "C", ".cc": "C++", ".cpp": "C++", ".java": "Java",
+            ".ts": "TypeScript", ".php": "PHP", ".lua": "Lua", ".r": "R", ".jl": "Julia", ".ipynb": "a notebook"}  # fmt: skip
 _PICTURES = {"image/png": "png", "image/jpeg": "jpg", "image/svg+xml": "svg", "application/pdf": "pdf"}
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 # A terminal obeys its input: guest text could set the clipboard (OSC 52) or make the terminal type. Colours may stay.
@@ -48,7 +50,7 @@ def run(
     code: Annotated[str | None, typer.Option("-c", help="The program as text.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one Result object and nothing else.")] = False,
     language: Annotated[str | None, typer.Option(help="python, bash or javascript; if absent, by suffix")] = None,
-    timeout: Annotated[float | None, typer.Option(help="Seconds for the program.")] = None,
+    timeout: Annotated[str | None, typer.Option(help="Time for the program, such as 90, 90s or 5m.")] = None,
     memory: Annotated[str | None, typer.Option(help="Memory, such as 512M or 2G.")] = None,
     cpus: Annotated[float | None, typer.Option(help="Processors, such as 0.5.")] = None,
     pids: Annotated[int | None, typer.Option(help="Processes and threads.")] = None,
@@ -57,17 +59,20 @@ def run(
     copy_in: Annotated[list[Path] | None, typer.Option("--in", help="Copied into /home/user (repeatable).")] = None,
     copy_out: Annotated[Path | None, typer.Option("--out", help="Where changed files and figures are copied.")] = None,
     env: Annotated[list[str] | None, typer.Option("--env", help="K=V (repeatable).")] = None,
-    tier: Annotated[str, typer.Option(help="auto, native, oci or microvm.")] = "auto",
+    tier: Annotated[str, typer.Option(help="auto, native or fake.")] = "auto",
     template: Annotated[str | None, typer.Option(help="What the sandbox is made from.")] = None,
 ) -> None:
     """Run a program in a new sandbox."""
 
     async def work() -> int:
-        lifetime = timeout + 60 if timeout and timeout > 240 else None  # the default lifetime would end it first
-        limits = _limits(timeout_s=timeout, lifetime_s=lifetime, memory_bytes=memory, cpus=cpus, pids=pids, disk_bytes=disk)
+        seconds = None if timeout is None else parse_duration(timeout)
+        lifetime = seconds + 60 if seconds and seconds > 240 else None  # the default lifetime would end it first
+        limits = _limits(timeout_s=seconds, lifetime_s=lifetime, memory_bytes=memory, cpus=cpus, pids=pids, disk_bytes=disk)
         sandbox = {"policy": policy, "template": template, "limits": limits, "env": _pairs(env or []), "tier": tier}
-        text, by_suffix = _program(file, code)
-        return await _run(Job(text, language or by_suffix, sandbox, timeout, copy_in or [], copy_out, as_json))
+        text, spoken = _program(file, code, language)
+        job = Job(text, spoken, sandbox, seconds, copy_in or [], copy_out, as_json)
+        with profiles.named(policy):
+            return await _run(job)
 
     exits.drive(work(), as_json=as_json)
 
@@ -119,7 +124,7 @@ def _show(result: Result) -> None:
 
 
 _ADVICE: dict[str, str] = {
-    "timeout": "allow more with --timeout SECONDS",
+    "timeout": "allow more with --timeout TIME",
     "oom": "allow more with --memory SIZE",
     "pids_limit": "allow more with --pids N",
     "disk_full": "allow more with --disk SIZE",
@@ -130,37 +135,49 @@ _ADVICE: dict[str, str] = {
 
 
 async def _collect(box: AsyncSandbox, result: Result, out: Path) -> None:
-    paths = [change.path for change in result.changes if change.kind != "removed"]
+    # Caches and settings that libraries keep below hidden directories are no work of the program's: not worth a note.
+    paths = [c.path for c in result.changes if c.kind != "removed" and "/." not in os.path.dirname(c.path)]
     try:
         files.report(await files.copy_out(box, paths, out))
     except SandboxGone as e:  # the program took its sandbox along; its Result is still worth showing
         files.report([f"no file was copied out: {e.message}"])
     pictures = [(kind, value) for shown in result.results for kind, value in shown.data.items() if kind in _PICTURES]
     for number, (kind, value) in enumerate(pictures, 1):
-        files.write_plain(out, (f"figure-{number}.{_PICTURES[kind]}",), _picture_bytes(kind, value))
+        try:
+            files.write_plain(out, (f"figure-{number}.{_PICTURES[kind]}",), _picture_bytes(kind, value))
+        except binascii.Error as e:
+            files.report([f"figure {number} was not copied out: {kind} data that is not base64: {e}"])
 
 
 def _picture_bytes(kind: str, value: Any) -> bytes:
     if kind == "image/svg+xml":
         return str(value).encode(errors="replace")
-    try:
-        return base64.b64decode(str(value), validate=False)
-    except binascii.Error as e:
-        raise InvalidInput(f"the program displayed {kind} data that is not base64", cause=str(e)) from None
+    return base64.b64decode(str(value), validate=False)
 
 
-def _program(file: str | None, code: str | None) -> tuple[str, str]:
+def _program(file: str | None, code: str | None, language: str | None) -> tuple[str, str]:
     """(text, language). Raises InvalidInput unless there is exactly one readable program."""
     if (file is None) == (code is None):
-        raise InvalidInput("give exactly one program", remediation="fumehood run FILE, -c CODE, or - for standard input")
+        cause = "there is none" if file is None else "there are two: FILE and -c"
+        raise InvalidInput(
+            "give exactly one program", cause=cause, remediation="fumehood run FILE, -c CODE, or - for standard input"
+        )
     if code is not None:
-        return code, "python"
+        return code, language or "python"
     if file == "-":
-        return sys.stdin.read(), "python"
+        return sys.stdin.read(), language or "python"
     try:
-        return Path(file or "").read_text(encoding="utf-8"), _LANGUAGES.get(Path(file or "").suffix, "python")
+        path = Path(file or "")
+        return path.read_text(encoding="utf-8"), language or _by_suffix(path)
     except (OSError, UnicodeDecodeError) as e:
         raise InvalidInput(f"can't read the program {file}", cause=str(e), remediation="name a UTF-8 text file") from None
+
+
+def _by_suffix(path: Path) -> str:
+    if other := _NOT_RUN.get(path.suffix.lower()):
+        cause = f"{path.suffix} is {other}; python, bash and javascript can be run"
+        raise InvalidInput(f"can't run {path}", cause=cause, remediation="give --language if it is one of these all the same")
+    return _LANGUAGES.get(path.suffix, "python")
 
 
 def _limits(**asked: float | str | None) -> dict[str, Any]:
@@ -171,12 +188,24 @@ def parse_size(text: str) -> int:
     """Bytes: `1048576`, `512M`, `1.5GiB`. Raises InvalidInput."""
     match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,6})?)\s*([kmgt]?)(?:i?b)?", text.strip().lower())
     if not match:
-        raise InvalidInput(f"bad size {text!r}", remediation="write a number and K, M, G or T, such as 512M")
+        raise InvalidInput(
+            f"bad size {text!r}", cause="not a number and a unit", remediation="write a number and K, M, G or T, such as 512M"
+        )
     return int(float(match[1]) * _UNITS[match[2]])
+
+
+def parse_duration(text: str) -> float:
+    """Seconds, written as in a policy: `90`, `90s`, `5m`. Raises InvalidInput."""
+    from fumehood.policy.rules import duration
+
+    try:
+        return duration(text.strip())
+    except ValueError as e:
+        raise InvalidInput(f"bad time {text!r}", cause=str(e), remediation="write seconds, or a unit, such as 90s") from None
 
 
 def _pairs(pairs: list[str]) -> dict[str, str]:
     for pair in pairs:
         if "=" not in pair[1:]:
-            raise InvalidInput(f"bad --env {pair!r}", remediation="write NAME=VALUE")
+            raise InvalidInput(f"bad --env {pair!r}", cause="no name and = before a value", remediation="write NAME=VALUE")
     return dict(pair.split("=", 1) for pair in pairs)

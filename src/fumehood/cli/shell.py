@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fumehood.cli import exits
+from fumehood.cli import exits, profiles
 from fumehood.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -25,19 +25,26 @@ DAY_S = 86_400.0
 
 def shell(
     policy: Annotated[str | None, typer.Option(help="A preset or a policy file.")] = None,
-    tier: Annotated[str, typer.Option(help="auto, native, oci or microvm.")] = "auto",
+    tier: Annotated[str, typer.Option(help="auto, native or fake.")] = "auto",
     template: Annotated[str | None, typer.Option(help="What the sandbox is made from.")] = None,
     command: Annotated[str, typer.Option("--command", help="The program to start.")] = "bash",
 ) -> None:
     """Open a terminal in a new sandbox; it is gone when you leave."""
-    exits.drive(_shell(command, {"policy": policy, "tier": tier, "template": template}))
+
+    async def work() -> int:
+        with profiles.named(policy):
+            return await _shell(command, {"policy": policy, "tier": tier, "template": template})
+
+    exits.drive(work())
 
 
 async def _shell(command: str, sandbox: dict[str, Any]) -> int:
     from fumehood.client.sandbox import AsyncSandbox
 
     if not sys.stdin.isatty():
-        raise InvalidInput("standard input is not a terminal", remediation="use fumehood run for programs")
+        raise InvalidInput(
+            "standard input is not a terminal", cause="a shell needs one", remediation="use fumehood run for programs"
+        )
     async with AsyncSandbox(**sandbox, limits={"lifetime_s": DAY_S, "timeout_s": DAY_S}) as box:
         env = {"TERM": "xterm-256color", "PS1": r"sandbox:\w\$ "}
         process = await box.start([command], env=env, pty=_size())
