@@ -4,9 +4,12 @@ import ast
 import asyncio
 import builtins
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -75,6 +78,12 @@ async def test_one_breach_outweighs_many_that_held() -> None:
     assert (await _verdict(ATTEMPTS[0], Result("ok", stdout="HELD a\nHELD b\nBREACH c\n"))).outcome == "BREACH"
 
 
+async def test_a_memfd_may_be_refused_instead_of_counted() -> None:  # H15, where there is no cgroup
+    memfd = next(a for a in ATTEMPTS if a.name == "memory: memfd")
+    assert (await _verdict(memfd, Result("syscall_refused"))).outcome == "contained"
+    assert (await _verdict(memfd, Result("ok", stdout="BREACH 1 GiB in a memfd"))).outcome == "BREACH"
+
+
 async def test_a_process_that_outlives_its_sandbox_is_a_breach() -> None:
     async with hosts.watched() as host:
         assert not host.survivors()
@@ -105,10 +114,36 @@ def test_a_program_names_nothing_that_it_does_not_bring_along(attempt: Attempt) 
         assert set(_names(tree)) <= bound | set(dir(builtins)), set(_names(tree)) - bound
 
 
+def test_ctrl_c_ends_it_quietly_and_leaves_nothing(command: list[str]) -> None:
+    """The terminal signals the whole process group, the decoy and the sandboxes' parents among it."""
+    demo = subprocess.Popen(
+        [*command, "demo", "escape"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert demo.stderr is not None
+    assert "contained" in demo.stderr.readline()
+    children = _descendants(demo.pid)
+    os.killpg(demo.pid, signal.SIGINT)
+    stdout, stderr = demo.communicate(timeout=30)
+    assert (demo.returncode, stdout) == (130, "") and all("contained" in line for line in stderr.splitlines()), stderr
+    assert children and not any(map(_runs, children))
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes() != b""  # a zombie, which this machine's pid 1 may never reap, has none
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def _descendants(pid: int) -> list[int]:
+    found = [int(p) for task in Path(f"/proc/{pid}/task").iterdir() for p in (task / "children").read_text().split()]
+    return found + [below for child in found for below in _descendants(child)]
+
+
 def test_without_a_sandbox_nothing_counts_as_contained(command: list[str]) -> None:
     done = subprocess.run(
         [*command, "demo", "escape", "--json", "--tier", "microvm"], capture_output=True, text=True, timeout=60, check=False
     )
-    assert done.returncode in (125, 126)
+    assert done.returncode == 2
     assert "attempts" not in json.loads(done.stdout)
     assert done.stderr.startswith("error: ")
