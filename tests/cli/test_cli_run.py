@@ -48,6 +48,12 @@ def test_a_timeout_is_explained_with_its_deadline(fumehood: Run) -> None:
     assert "help: allow more with --timeout" in done.stderr
 
 
+def test_a_refused_connection_is_not_blamed_on_the_policy(fumehood: Run) -> None:
+    done = fumehood("run", "-c", "import socket; socket.create_connection(('1.1.1.1', 80), timeout=3)")
+    assert done.returncode == 126
+    assert "no network in this generation; bring data in with --in" in done.stderr and "--policy" not in done.stderr
+
+
 def test_json_is_one_result_object_and_nothing_else(fumehood: Run) -> None:
     done = fumehood("run", "--json", "-c", "print('hello')\n1 + 1")
     result = json.loads(done.stdout)
