@@ -8,8 +8,8 @@ import os
 import signal
 import socket
 from base64 import b64encode
-from collections.abc import Callable, Generator
-from contextlib import AsyncExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AsyncExitStack
 from typing import Any
 
 from fumehood.config import Config
@@ -19,9 +19,9 @@ from fumehood.model import Limits, Protection, SandboxSpec, Template
 from fumehood.runtime.base import Capabilities, Stats, missing
 from fumehood.runtime.link import setup_failure
 from fumehood.runtime.native import accounting, journal, landlock, protections, seccomp
+from fumehood.runtime.native.handover import last_words, rlimits, send_plan, step, write_maps
 from fumehood.runtime.native.listeners import Listeners
 from fumehood.runtime.native.mounts import OWN_DIRECTORIES
-from fumehood.runtime.native.root import UID
 from fumehood.runtime.native.uids import UidBlock
 from fumehood.runtime.native.zygotes import Zygote, readable, shown_in
 
@@ -134,17 +134,20 @@ class NativeRuntime:
             undo.callback(channel.close)
             listeners = Listeners(clone.announcements, sandbox_id, self._filter(spec)[1], on_event)
             undo.callback(listeners.close)
-            with _step("open a pidfd of the sandbox"):
+            with step("open a pidfd of the sandbox"):
                 pidfd = os.pidfd_open(pid)
             undo.callback(os.close, pidfd)
             undo.push_async_callback(_end, pidfd, account)
             if uid is not None:
-                _write_maps(pid, uid)
-            with _step("send the plan"), account.doors() as doors:
-                _send_plan(channel, self._plan(spec) | self.switches, doors, self._config.agent_timeout_s)
+                write_maps(pid, uid)
+            with step("send the plan"), account.doors() as doors:
+                send_plan(channel, self._plan(spec) | self.switches, doors, self._config.agent_timeout_s)
             disk_fd = await self._receive_disk(channel)
             undo.callback(os.close, disk_fd)
-            account.entered(pid)  # before the first byte of a caller's: the child's word that it did is no proof
+            try:
+                account.entered(pid)  # before the first byte of a caller's: the child's word that it did is no proof
+            except SetupFailed:
+                raise last_words(channel) from None  # it may have failed at a later step and be gone by now
             handle = NativeHandle(sandbox_id, pidfd, channel, disk_fd, account)
             handle.protections = protections.of_sandbox(self.protections, account.protections())
             handle._undo = undo.pop_all()  # pyright: ignore[reportPrivateUsage]
@@ -172,7 +175,7 @@ class NativeRuntime:
             "writable": spec.files.writable,
             "read_only": spec.files.read_only,
             "hidden": spec.files.hidden,
-            "rlimits": _rlimits(spec.limits, rootless=self._rootless),
+            "rlimits": rlimits(spec.limits, rootless=self._rootless),
             "floor": self._floor,
             "policy": self._filter(spec)[0],
             "prestart": [],  # a session forked before its first run would cost every idle sandbox 3 MiB
@@ -201,37 +204,8 @@ class NativeRuntime:
         self._instance.close()
 
 
-@contextmanager
-def _step(what: str) -> Generator[None]:
-    try:
-        yield
-    except OSError as e:
-        raise SetupFailed(f"can't {what}", cause=str(e), remediation="try again; if it stays, run `fumehood doctor`") from e
-
-
 def _uid_block(config: Config) -> UidBlock:
     return UidBlock(config.run_dir / "uids", config.uid_base, config.uid_count_per_supervisor)
-
-
-def _send_plan(channel: socket.socket, plan: dict[str, Any], doors: list[int], timeout_s: float) -> None:
-    data = json.dumps(plan).encode()
-    channel.settimeout(timeout_s)
-    socket.send_fds(channel, [len(data).to_bytes(4, "big")], doors)
-    channel.sendall(data)
-    channel.setblocking(False)
-
-
-def _rlimits(limits: Limits, *, rootless: bool) -> dict[str, int]:
-    values = {"RLIMIT_NOFILE": limits.open_files, "RLIMIT_CORE": 0, "RLIMIT_MSGQUEUE": 0, "RLIMIT_MEMLOCK": 1 << 16}
-    # Counted per user namespace since Linux 5.14, so it bounds this sandbox alone; cgroups do it better where we have them.
-    return values | ({"RLIMIT_NPROC": limits.pids} if rootless else {})
-
-
-def _write_maps(pid: int, uid: int) -> None:
-    """Only a real root may map an id that is not its own; the child could not do this itself (user_namespaces(7))."""
-    for name in ("uid_map", "gid_map"):
-        with _step(f"write the {name}"), open(f"/proc/{pid}/{name}", "w") as f:
-            f.write(f"{UID} {uid} 1")
 
 
 def _signal(pidfd: int, number: int) -> None:
