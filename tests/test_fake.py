@@ -95,7 +95,7 @@ async def test_connect_works_once(runtime):
 
 async def test_pause_stops_every_process_and_resume_lets_all_go_on(runtime):
     handle, link = await start(runtime)
-    stream = await link.open("exec.start", argv=["sh", "-c", "sleep 1000 & sleep 1000"], env={})
+    stream = await link.open("exec.start", argv=["sh", "-c", "sleep 60 & sleep 60"], env={})
     await until(lambda: sum(p.state == "S" for p in tree.below(handle._keeper.pid)) >= 4)
     await handle.pause()
     states = [p.state for p in tree.below(handle._keeper.pid)]

@@ -124,7 +124,7 @@ def test_without_stdin_a_program_reads_end_of_file(agent: Client) -> None:
 
 
 def test_end_comes_when_the_started_process_exits_not_its_orphans(agent: Client) -> None:  # H15
-    answer = agent.sh("sleep 1000 & echo here")
+    answer = agent.sh("sleep 60 & echo here")
     assert answer.stdout == "here\n" and answer.ok is not None
     writer = agent.sh("yes & echo $!; sleep 0.1")  # an orphan that floods the pipe it holds
     assert writer.ok is not None and writer.ok["exit_code"] == 0
@@ -218,7 +218,7 @@ def test_a_terminal_is_one(agent: Client) -> None:
 
 def test_the_last_words_on_a_terminal_arrive_though_an_orphan_holds_it(agent: Client) -> None:  # H15
     for _ in range(10):
-        script = "trap '' HUP; sleep 1000 & seq 1000; echo last"
+        script = "trap '' HUP; sleep 60 & seq 1000; echo last"
         answer = agent.call("exec.start", argv=["bash", "-c", script], pty={"rows": 24, "cols": 80})
         assert answer.output[wire.TERMINAL].endswith(b"1000\r\nlast\r\n")
 
