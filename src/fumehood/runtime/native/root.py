@@ -49,10 +49,6 @@ def _restrict(target: str, *, writable: bool) -> None:
     sc.call(sc.MOUNT_SETATTR, _AT_FDCWD, os.fsencode(target), _AT_RECURSIVE, attr, ctypes.sizeof(attr))
 
 
-def set_read_only(target: str) -> None:
-    _restrict(target, writable=False)
-
-
 def bind(source: str, target: str, *, writable: bool = False) -> None:
     sc.mount(source, target, flags=sc.MS_BIND | sc.MS_REC)
     _restrict(target, writable=writable)
