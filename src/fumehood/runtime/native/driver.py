@@ -185,11 +185,11 @@ class NativeRuntime:
 
     def _filter(self, spec: SandboxSpec) -> tuple[str, Callable[[bytes], int]]:
         """The policy program as the plan carries it, and what its refusals are answered with; compiled once for each."""
-        profile = spec.seccomp
-        if not accounting.has_groups(self._layout):  # nobody would count the memory behind these
-            profile = seccomp.refusing(profile, ("memfd_create", "memfd_secret", "shmget"))
-        key = json.dumps(profile, sort_keys=True)
+        key = json.dumps(spec.seccomp, sort_keys=True)
         if key not in self._filters:
+            profile = spec.seccomp
+            if not accounting.has_groups(self._layout):  # nobody would count the memory behind these
+                profile = seccomp.refusing(profile, ("memfd_create", "memfd_secret", "shmget"))
             program = b64encode(seccomp.compile_policy(profile)).decode()
             self._filters[key] = program, seccomp.refused_errno(profile)
         return self._filters[key]

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +202,7 @@ def shown_in(template: Template, own: Sequence[str]) -> list[str]:
     return [p for p in paths if any(p.startswith(f"{directory}/") for directory in own)]
 
 
+@cache
 def _prefixes() -> list[str]:
     """Where this interpreter and its packages lie: the installation, then the virtual environment on top of it."""
     return sorted({sys.base_prefix, sys.base_exec_prefix, sys.prefix, str(Path(sys.executable).resolve().parents[1])})
