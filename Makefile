@@ -35,5 +35,5 @@ lock:
 	@.venv/bin/python -m pip install --quiet pip-tools
 	@.venv/bin/pip-compile --quiet --upgrade --generate-hashes --allow-unsafe --strip-extras --all-build-deps \
 		--no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-emit-options --no-header \
-		--extra data --extra dev --output-file requirements.lock pyproject.toml
+		--extra data --extra server --extra mcp --extra dev --output-file requirements.lock pyproject.toml
 	@if grep -nE '://|index-url|find-links' requirements.lock; then echo "requirements.lock names a host" >&2; exit 1; fi

@@ -6,6 +6,14 @@ FumehoodError
 |   `-- ProfileError        the seccomp JSON is wrong (names the line)
 |-- ProtectionUnavailable   a required protection can't be enforced here; creation failed closed
 |-- CapacityExceeded        no uid, memory, disk or place left on this host; try later
+|   |-- QueueFull           the server's queue is full (retry_after_s says when to come again)
+|   |-- RateLimited         your key made more requests, or holds more sandboxes, than it may
+|   `-- DeadlineExceeded    the request waited in the queue until its own deadline
+|-- Unauthenticated         no API key, or one that is unknown or revoked
+|-- Forbidden               the key lacks the scope for this
+|-- Conflict                an idempotency key was used before for another request
+|-- Draining                the server is shutting down and takes nothing new
+|-- Unsupported             this tier or server can't do that (fork on the native tier)
 |-- NotFound                no such sandbox, context, process, file or checkpoint
 |-- FileFault               a file operation inside the sandbox failed (errno kept)
 |-- InvalidTransition       the sandbox is in a state that does not allow this
@@ -67,6 +75,41 @@ class ProtectionUnavailable(FumehoodError):
 class CapacityExceeded(FumehoodError):
     code = "capacity_exceeded"
     retryable = True
+
+
+class QueueFull(CapacityExceeded):
+    """`details["retry_after_s"]` says when to come again; so for RateLimited."""
+
+    code = "queue_full"
+
+
+class RateLimited(CapacityExceeded):
+    code = "rate_limited"
+
+
+class DeadlineExceeded(CapacityExceeded):
+    code = "deadline_exceeded"
+
+
+class Unauthenticated(FumehoodError):
+    code = "unauthenticated"
+
+
+class Forbidden(FumehoodError):
+    code = "forbidden"
+
+
+class Conflict(FumehoodError):
+    code = "conflict"
+
+
+class Draining(FumehoodError):
+    code = "draining"
+    retryable = True
+
+
+class Unsupported(FumehoodError):
+    code = "unsupported"
 
 
 class NotFound(FumehoodError):
