@@ -13,12 +13,13 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1] / "src" / "fumehood"
 MAX_LINES = 250
 
-NOUNS = ("errors", "model", "events")
+NOUNS = ("errors", "model", "events", "records")
 # Room (longest prefix wins) -> what of fumehood it may import, and why nothing else. A prefix covers what is below it.
 ROOMS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "errors": ((), "everything imports errors; one import back would be a circle"),
     "model": (("errors",), "the nouns do nothing, so they need nothing"),
     "events": (("model", "errors"), "events are nouns"),
+    "records": (("model", "errors"), "the service's nouns do nothing either"),
     "config": (("model", "errors"), "settings are read before anything else exists"),
     "agent": (("agent",), "the agent runs inside the sandbox, where only the stdlib is sure to be"),
     "policy": ((*NOUNS, "policy"), "policy decides and never acts: it can't reach what acts"),
@@ -30,6 +31,7 @@ ROOMS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "outcome": ((*NOUNS, "runtime.base"), "what a run came to is decided from facts alone"),
     "execution": ((*NOUNS, "outcome", "agent.wire", "runtime.link"), "one execution is followed over a link, on any tier"),
     "runtime": ((*NOUNS, "config", "runtime.base", "runtime.link", "agent"), "a tier knows contract and agent, nothing above"),
+    "runtime.tiers": ((*NOUNS, "config", "runtime"), "the one table that knows every tier"),
     "runtime.native": (
         (*NOUNS, "config", "runtime.base", "runtime.link", "runtime.native", "agent"),
         "tiers never import each other: one must be removable without the others noticing",
@@ -44,18 +46,28 @@ ROOMS: Mapping[str, tuple[tuple[str, ...], str]] = {
     ),
     "runtime.fake": ((*NOUNS, "config", "runtime.base", "runtime.tree"), "a tier knows the contract, nothing above"),
     "runtime.keeper": (("agent", "runtime.tree"), "it becomes the agent's parent, so it loads no more than the agent does"),
-    "supervisor": (
-        (*NOUNS, "config", "policy", "monitor", "response", "store", "scheduler", "pool", "outcome", "execution", "runtime",
-         "agent.wire"),
-        "the supervisor joins the rooms and is below every face",
+    "live": ((*NOUNS, "outcome", "execution", "runtime.base", "runtime.link", "agent.wire"), "one sandbox, on any tier"),
+    "supervisor": ((*NOUNS, "config", "live", "runtime"), "it makes and ends sandboxes; who may have one is decided above"),
+    "lease": ((*NOUNS, "live"), "a live sandbox and whose it is"),
+    "bus": (NOUNS, "it hands events on and keeps none"),
+    "service": (
+        (*NOUNS, "config", "policy", "monitor", "response", "store", "scheduler", "pool", "execution", "live", "lease", "bus",
+         "supervisor", "service", "runtime"),
+        "the service joins the rooms and is below every face",
     ),
-    "gateway": ((*NOUNS, "config", "policy", "supervisor", "gateway"), "HTTP reaches a sandbox through the supervisor only"),
+    "gateway": (
+        (*NOUNS, "config", "policy", "service", "lease", "live", "execution", "bus", "agent.wire", "runtime.link", "gateway"),
+        "HTTP reaches a sandbox through the service only",
+    ),
     "client": (
-        (*NOUNS, "config", "policy", "execution", "supervisor", "runtime", "agent.wire", "client"),
+        (*NOUNS, "config", "policy", "execution", "live", "supervisor", "runtime", "agent.wire", "client"),
         "the SDK may embed a supervisor and choose its tier; it knows no gateway internals",
     ),
     "demo": ((*NOUNS, "demo"), "the demo's attacks are scripts for the inside; the CLI runs them through the client"),
-    "cli": ((*NOUNS, "config", "policy", "client", "cli", "demo"), "verbs of the command line are thin over the client"),
+    "cli": (
+        (*NOUNS, "config", "policy", "client", "cli", "demo", "gateway", "service", "store"),
+        "verbs of the command line are thin over the client; serve starts the gateway, keys opens the store",
+    ),
     "__init__": (("client.sandbox", "errors", "model", "policy.rules"), "the package shows public names, lazily"),
 }  # fmt: skip
 
@@ -103,7 +115,6 @@ LONGER: Mapping[str, str] = {
     "agent/python.py": "both executors and the preload that warms them",
     "agent/shells.py": "two shells over one base class",
     "runtime/native/cgroup.py": "one class: a group is made, entered, bounded, read, frozen, killed, removed as one thing",
-    "supervisor.py": "the one place that joins the rooms",
 }
 
 

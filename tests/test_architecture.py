@@ -27,7 +27,7 @@ def test_no_file_breaks_the_rules_of_who_may_import_and_touch_what():
         ("runtime/native/x.py", "from fumehood.runtime.oci import bundle", "tiers never import each other"),
         ("runtime/native/x.py", "from ..oci.bundle import f", "tiers never import each other"),
         ("runtime/fake.py", "from fumehood.policy.rules import Policy", "nothing above"),
-        ("gateway/x.py", "from fumehood.runtime.native.driver import D", "through the supervisor only"),
+        ("gateway/x.py", "from fumehood.runtime.native.driver import D", "through the service only"),
         ("cli/x.py", "from fumehood.supervisor import Supervisor", "thin over the client"),
         ("newroom.py", "x = 1", "belongs to no room"),
         ("agent/x.py", "from fumehood.model import Limits", "only the stdlib is sure"),

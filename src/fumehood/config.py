@@ -10,8 +10,8 @@ import difflib
 import os
 import stat
 import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,36 +20,87 @@ from fumehood.model import check_id
 
 TIERS = ("auto", "native", "oci", "microvm", "fake")  # "auto" never chooses fake
 _PREFIX = "FUMEHOOD_"
+_GIB = 1 << 30
+
+
+def _setting(default: Any, doc: str, *, low: float | None = None, high: float | None = None, one_of: Sequence[str] = ()) -> Any:
+    return field(default=default, metadata={"doc": doc, "low": low, "high": high, "one_of": one_of})
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """Both directories exist, are the caller's own and closed to others. Times in seconds."""
+    """Both directories exist, are the caller's own and closed to others. Times in seconds. docs/config.md is made from this."""
 
-    state_dir: Path  # journal, audit log: survives a reboot
-    run_dir: Path  # sockets, roots of templates: gone after a reboot
-    uid_base: int = 200_000_000  # root only: sandbox n of this supervisor runs as host uid uid_base + n
-    uid_count_per_supervisor: int = 1024
-    cgroup_parent: str = "fumehood"
-    tier: str = "auto"
-    default_policy: str = "default"
-    zygote_start_timeout_s: float = 20.0
-    agent_timeout_s: float = 5.0
+    state_dir: Path = field(metadata={"doc": "journal, store, key of the local server: survives a reboot"})
+    run_dir: Path = field(metadata={"doc": "sockets, roots of templates: gone after a reboot"})
+
+    # -- sandboxes
+    # Below are the host's own users and the usual /etc/subuid ranges; above, (uid_t)-1 and its neighbours.
+    uid_base: int = _setting(
+        200_000_000, "root only: sandbox n of a supervisor runs as host uid uid_base + n", low=1 << 20, high=1 << 31
+    )
+    uid_count_per_supervisor: int = _setting(1024, "host uids that one supervisor takes for itself", low=1, high=1 << 16)
+    cgroup_parent: str = _setting("fumehood", "the name of fumehood's own cgroup below the one that it may use")
+    tier: str = _setting("auto", "the tier where a call names none", one_of=TIERS)
+    default_policy: str = _setting("default", "a preset's name or a path, where a call names no policy")
+    zygote_start_timeout_s: float = _setting(20.0, "building a template's root and preloading", low=0.01, high=3600)
+    agent_timeout_s: float = _setting(5.0, "until a new sandbox's agent must have spoken", low=0.01, high=3600)
+
+    # -- the client
+    url: str = _setting("", "a server for Sandbox() and the command line: http://, https:// or unix:/path; empty = embedded")
+    api_key: str = _setting("", "the key that is shown to that server")
+
+    # -- the server
+    listen: str = _setting("127.0.0.1:8470", "HOST:PORT or unix:/path")
+    server_key: str = _setting("", "an admin key of the operator's own choice, at least 32 characters; empty = none")
+    public_url: str = _setting("", "how clients reach the server, for signed URLs; empty = as the request came")
+    grace_s: float = _setting(20.0, "how long running work may take to end when the server is stopped", low=0, high=3600)
+    max_body_bytes: int = _setting(8 << 20, "of a JSON request", low=1 << 10, high=_GIB)
+    max_upload_bytes: int = _setting(_GIB, "of an uploaded file", low=1 << 10, high=1 << 44)
+    header_timeout_s: float = _setting(10.0, "for a request's headers, and between two pieces of its body", low=0.1, high=600)
+    max_connections: int = _setting(2_000, "at once; more are turned away", low=1, high=1 << 16)
+
+    # -- admission
+    max_sandboxes: int = _setting(500, "at once, over all tenants, warm ones not counted", low=1, high=1 << 16)
+    max_sandboxes_per_tenant: int = _setting(0, "at once; 0 = no bound of its own", low=0, high=1 << 16)
+    memory_budget_bytes: int = _setting(
+        0, "for the memory limits of all sandboxes together; 0 = 85% of the host's", low=0, high=1 << 50
+    )
+    memory_overcommit: float = _setting(
+        4.0, "by how much the limits together may pass that budget: most sandboxes stay far below their limit", low=1, high=100
+    )
+    max_running: int = _setting(0, "executions at once; 0 = 8 for each CPU", low=0, high=1 << 16)
+    queue_limit: int = _setting(100, "requests that wait for a place, each for creations and executions", low=0, high=1 << 20)
+    queue_wait_s: float = _setting(30.0, "the longest that a request waits for its place", low=0.01, high=3600)
+    max_lifetime_s: float = _setting(86_400.0, "of a sandbox, whatever its lease is extended to", low=1, high=30 * 86_400)
+    paused_lifetime_s: float = _setting(86_400.0, "of a sandbox that its expired lease has paused", low=1, high=30 * 86_400)
+
+    # -- warm pool
+    pool_policies: str = _setting(
+        "default", "presets, comma-separated, of which sandboxes are warm from the start; empty = none"
+    )
+    pool_floor: int = _setting(2, "warm sandboxes that each of those keeps when nobody asks", low=0, high=4096)
+    pool_ceiling: int = _setting(32, "warm sandboxes of one class at most", low=0, high=4096)
+    pool_headroom: float = _setting(1.2, "of the expected peak concurrency (M12)", low=1, high=10)
+    pool_idle_s: float = _setting(30.0, "after which a warm sandbox above the target is reclaimed (M14)", low=0.1, high=86_400)
+
+    # -- records
+    retention_s: float = _setting(
+        7 * 86_400.0, "how long ended sandboxes, their executions and events are kept", low=60, high=3650 * 86_400
+    )
+    retention_rows: int = _setting(1_000_000, "executions kept at most", low=100, high=1 << 40)
 
     def __post_init__(self) -> None:
         check_id(self.cgroup_parent, "cgroup_parent")
-        faults = [
-            (self.tier not in TIERS, "tier", f"one of {', '.join(TIERS)}"),
-            # Below are the host's own users and the usual /etc/subuid ranges; above, (uid_t)-1 and its neighbours.
-            (not 1 << 20 <= self.uid_base <= 1 << 31, "uid_base", f"from {1 << 20} to {1 << 31}"),
-            (not 1 <= self.uid_count_per_supervisor <= 1 << 16, "uid_count_per_supervisor", f"from 1 to {1 << 16}"),
-            (not 0 < self.zygote_start_timeout_s <= 3600, "zygote_start_timeout_s", "over 0, at most 3600"),
-            (not 0 < self.agent_timeout_s <= 3600, "agent_timeout_s", "over 0, at most 3600"),
-            (not self.default_policy, "default_policy", "a preset's name or a path"),
-        ]
-        for wrong, name, allowed in faults:
-            if wrong:
-                raise _wrong(f"config {name} = {getattr(self, name)!r}", f"it must be {allowed}")
+        for f in fields(self):
+            value, rule = getattr(self, f.name), f.metadata
+            low, high, one_of = rule.get("low"), rule.get("high"), rule.get("one_of")
+            if one_of and value not in one_of:
+                raise _wrong(f"config {f.name} = {value!r}", f"it must be one of {', '.join(one_of)}")
+            if low is not None and not low <= value <= high:
+                raise _wrong(f"config {f.name} = {value!r}", f"it must be from {low:g} to {high:g}")
+        if not self.default_policy:
+            raise _wrong("config default_policy = ''", "it must be a preset's name or a path")
 
     @classmethod
     def load(cls, environ: Mapping[str, str] | None = None, *, uid: int | None = None) -> Config:

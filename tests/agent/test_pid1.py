@@ -101,7 +101,7 @@ def test_a_closed_channel_ends_it_and_everything_in_it(start_agent: StartAgent) 
     [
         wire.encode_json(1, wire.OPEN, {"verb": "ping"}),  # before HELLO
         wire.encode_json(0, wire.HELLO, {"generation": 99}),
-        wire.encode_json(0, wire.HELLO, {"generation": 1}) + wire.encode_json(5, wire.END, {}),
+        wire.encode_json(0, wire.HELLO, {"generation": wire.GENERATION}) + wire.encode_json(5, wire.END, {}),
         b"\xff" * 32,
     ],
 )

@@ -78,7 +78,7 @@ FRAME = st.one_of(
               st.integers(0, 255), st.binary(max_size=40)),
     st.binary(max_size=40),
 )  # fmt: skip
-HELLO = wire.encode_json(0, wire.HELLO, {"generation": 1})
+HELLO = wire.encode_json(0, wire.HELLO, {"generation": wire.GENERATION})
 
 
 async def converse(said: bytes) -> None:

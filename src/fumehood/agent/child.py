@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import resource
 import signal
 import traceback
+import warnings
 from collections.abc import Callable, Generator, Sequence
 from typing import NoReturn
 
@@ -103,3 +105,28 @@ def _default_signals() -> None:
     for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
+
+
+def fork_orphan() -> int:
+    """0 in a grandchild whose parent has gone, its pid in the caller. Raises BlockingIOError when there is no room for it."""
+    reader, writer = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # 3.12: threads are not in a checkpoint, as documented
+        middle = os.fork()
+        if middle == 0:
+            pid = os.fork()
+            if pid == 0:
+                os.close(reader)
+                os.close(writer)
+                return 0
+            os.write(writer, pid.to_bytes(4, "big"))
+            os._exit(0)
+    os.close(writer)
+    try:
+        os.waitpid(middle, 0)
+        pid = int.from_bytes(os.read(reader, 4), "big")
+    finally:
+        os.close(reader)
+    if pid == 0:
+        raise BlockingIOError(errno.EAGAIN, "no process could be made: the sandbox is at its limit of processes or memory")
+    return pid

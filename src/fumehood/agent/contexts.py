@@ -152,6 +152,16 @@ class Contexts:
             self._bury(context)
         stream.end({**outcome, **changes.difference(before, changes.scan(self._home))})
 
+    def warm(self, stream: Stream, context: Context) -> None:
+        """Have its session ready before the first run: what a pool asks of a sandbox that nobody has claimed yet."""
+        self._enqueue(stream, context, self._warm(stream, context))
+
+    def _warm(self, stream: Stream, context: Context) -> Task:
+        reply: Reply = yield self.awake(context).call({"verb": "warm"})
+        if reply.error or reply.ok is None:
+            raise Refused("internal", f"the session of {context.id} did not come up: {reply.error or reply.death}")
+        stream.end({})
+
     def _checkpoint(self, stream: Stream, context: Context) -> Task:
         """The twin first: it costs a fork, and languages that have none say so before anything is copied."""
         link = self.awake(context)

@@ -130,6 +130,7 @@ class Agent:
             "context.create": self._context_create,
             "context.list": lambda s, a: s.end({"contexts": self.contexts.list()}),
             "context.run": self._context_run,
+            "context.warm": lambda s, a: self.contexts.warm(s, self.contexts.default(a.get("language", str))),
             "context.interrupt": lambda s, a: s.end(_done(self.contexts.interrupt(self._context(a)))),
             "context.restart": lambda s, a: s.end(_done(self.contexts.restart(self._context(a)))),
             "context.remove": lambda s, a: s.end(_done(self.contexts.remove(self._context(a)))),

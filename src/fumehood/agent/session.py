@@ -1,8 +1,8 @@
 """One context's process: a loop over requests from the agent, in a child that the agent forked.
 
 Requests are OPEN frames on the control socket; each is answered by EVENTs and one END on its stream.
-run {"code", "env"}; checkpoint {}: a stopped twin of this process, whose control socket rides on the END; and, to a twin,
-wake {}: a live copy of it, whose control socket rides on the END. Both say the new process's {"pid"}. A twin and its
+run {"code", "env"}; warm {}; checkpoint {}: a stopped twin of this process, whose control socket rides on the END; and, to a
+twin, wake {}: a live copy of it, whose control socket rides on the END. Both say the new process's {"pid"}. A twin and its
 copies are orphans on purpose, so that they become children of the agent, which is PID 1 or a subreaper: it reaps them.
 Threads, child processes and running asyncio tasks are not in a checkpoint. A closed control socket ends the process.
 """
@@ -17,11 +17,10 @@ import socket
 import sys
 import threading
 import traceback
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn, Protocol, cast
 
-from . import python, shells, wire
+from . import child, python, shells, wire
 from .streams import open_streams
 
 
@@ -114,7 +113,7 @@ class Session:
     def _answer(self, stream: int, request: dict[str, Any]) -> None:
         self._stream = stream
         try:
-            verbs = {"wake": self._fork} if self._twin else {"run": self._run, "checkpoint": self._fork}
+            verbs = {"wake": self._fork} if self._twin else {"run": self._run, "checkpoint": self._fork, "warm": self._warm}
             verb = verbs.get(str(request.get("verb")))
             if verb is None:
                 raise Refused("invalid", f"no verb {request.get('verb')!r} here: there is {', '.join(verbs)}")
@@ -143,6 +142,12 @@ class Session:
         if os.getpid() != self._pid:
             os._exit(0)  # user code forked and its child came back here: the run has one answer, the parent's
         self._end({"ok": outcome})
+
+    def _warm(self, _request: dict[str, Any]) -> None:
+        """Touch what a first cell touches, so that its copied pages are this process's own before somebody waits."""
+        if isinstance(self._executor, python.Python):
+            self._executor.warm()
+        self._end({"ok": {}})
 
     def _on_sigint(self, _number: int, _frame: object) -> None:
         """Between runs it means nothing, unless the next run's request has already arrived."""
@@ -185,7 +190,10 @@ class Session:
             raise Refused("unsupported", "only python contexts can be checkpointed: this one's state is in its shell")
         ours, theirs = socket.socketpair()
         _flush()
-        pid = _fork_orphan()
+        try:
+            pid = child.fork_orphan()
+        except BlockingIOError as e:
+            raise Refused("internal", e.strerror) from None
         if pid == 0:
             ours.close()
             self._become(theirs)
@@ -222,28 +230,3 @@ def _flush() -> None:
             stream.flush()
         except Exception:  # whatever object user code put there, or a file it closed
             traceback.print_exc(file=sys.__stderr__)
-
-
-def _fork_orphan() -> int:
-    """0 in a grandchild whose parent has gone, its pid in the caller."""
-    reader, writer = os.pipe()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # 3.12: threads are not in a checkpoint, as documented
-        middle = os.fork()
-        if middle == 0:
-            pid = os.fork()
-            if pid == 0:
-                os.close(reader)
-                os.close(writer)
-                return 0
-            os.write(writer, pid.to_bytes(4, "big"))
-            os._exit(0)
-    os.close(writer)
-    try:
-        os.waitpid(middle, 0)
-        pid = int.from_bytes(os.read(reader, 4), "big")
-    finally:
-        os.close(reader)
-    if pid == 0:
-        raise Refused("internal", "no process could be made: the sandbox is at its limit of processes or memory")
-    return pid

@@ -12,11 +12,11 @@ import atexit
 import concurrent.futures
 import os
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from fumehood.config import Config
-from fumehood.runtime.base import Runtime
+from fumehood.runtime.tiers import TIERS
 from fumehood.supervisor import Supervisor
 
 T = TypeVar("T")
@@ -33,7 +33,7 @@ class Engine:
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="fumehood", daemon=True)
         self._thread.start()
-        self.supervisor: Supervisor = Supervisor(config, _TIERS)
+        self.supervisor: Supervisor = Supervisor(config, TIERS)
         atexit.register(self.close)
 
     @classmethod
@@ -77,22 +77,6 @@ class Engine:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
         await self.supervisor.aclose()
-
-
-def _native(config: Config) -> Runtime:
-    from fumehood.runtime.native.driver import NativeRuntime
-
-    return NativeRuntime(config)
-
-
-def _fake(config: Config) -> Runtime:
-    from fumehood.runtime.fake import FakeRuntime
-
-    return FakeRuntime(config)
-
-
-# The strongest first: `auto` takes it. `fake` isolates nothing and is there to be asked for by name only.
-_TIERS: dict[str, Callable[[Config], Runtime]] = {"native": _native, "fake": _fake}
 
 
 os.register_at_fork(after_in_child=Engine._forget)  # pyright: ignore[reportPrivateUsage]

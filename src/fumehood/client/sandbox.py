@@ -20,11 +20,11 @@ from fumehood.client.process import AsyncProcess, Process, start_process
 from fumehood.config import Config
 from fumehood.errors import InvalidTransition
 from fumehood.execution import Sinks
+from fumehood.live import Live
 from fumehood.model import CodeRequest, ExecRequest, Protection, Result, SandboxSpec, Template
 from fumehood.policy.resolve import resolve
 from fumehood.policy.rules import Policy
 from fumehood.runtime.base import Capabilities, Stats
-from fumehood.supervisor import Live
 
 T = TypeVar("T")
 PolicyLike = str | Path | Policy | Mapping[str, Any] | None
