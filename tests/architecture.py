@@ -25,7 +25,7 @@ ROOMS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "policy": ((*NOUNS, "policy"), "policy decides and never acts: it can't reach what acts"),
     "monitor": ((*NOUNS, "monitor"), "who watches can't kill"),
     "response": ((*NOUNS, "response"), "who acts gets its orders from the supervisor, never from a detector"),
-    "store": (NOUNS, "the store keeps nouns and knows no rooms"),
+    "store": ((*NOUNS, "store"), "the store keeps nouns and knows no rooms"),
     "scheduler": (NOUNS, "the scheduler orders requests and starts nothing"),
     "pool": ((*NOUNS, "runtime.base"), "the pool plans; a Runtime is handed to it"),
     "outcome": ((*NOUNS, "runtime.base"), "what a run came to is decided from facts alone"),
@@ -82,7 +82,7 @@ TOUCH: Mapping[str, tuple[tuple[str, ...], str]] = {
         ("config.py", "agent/", "runtime/native/zygote.py"),
         "settings have one reader; agent and zygote are processes of their own that set it for their children",
     ),
-    "sql": (("store.py",), "the only SQL is in the store"),
+    "sql": (("store/",), "the only SQL is in the store"),
     "pickle": ((), "unpickling runs what the bytes say; guests send bytes"),
     "eval": (
         (

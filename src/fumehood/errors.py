@@ -19,6 +19,7 @@ FumehoodError
 |-- InvalidTransition       the sandbox is in a state that does not allow this
 |-- SandboxGone             the sandbox ended (killed, out of memory, its zygote died); make a new one
 |-- AgentUnresponsive       the agent did not answer within the deadline
+|-- StoreFailed             the server's own records can't be read or written (disk full, locked, damaged, in use, newer)
 |-- WireError               the guest broke the protocol; its sandbox is killed
 `-- SetupFailed             a step of the creation recipe failed (names the step); all undone
 """
@@ -132,6 +133,10 @@ class SandboxGone(FumehoodError):
 
 class AgentUnresponsive(FumehoodError):
     code = "agent_unresponsive"
+
+
+class StoreFailed(FumehoodError):
+    code = "store_failed"
 
 
 class WireError(FumehoodError):

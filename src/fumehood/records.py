@@ -117,3 +117,12 @@ class IdempotentReply:
     status: int  # 0 while the first request is still being answered
     body: str = ""
     created_at: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """What a killed server had left alive, by count: each is ended now."""
+
+    sandboxes: int = 0
+    executions: int = 0
+    replies: int = 0
