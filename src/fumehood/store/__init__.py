@@ -3,8 +3,8 @@
 Each commit is flushed (`synchronous = FULL`), so what was acknowledged survives `kill -9` of the server and a power cut at any
 moment. With `flush=False` (NORMAL) it survives the kill, and a power cut takes the last moments, never the file's soundness.
 
-finish_execution, p50/p99 in ms (2 cores, virtual ext4 disk, uvloop): one caller FULL 0.27/1.0, NORMAL 0.12/0.35; 32 callers FULL
-1.2/4.5, NORMAL 1.0/7.1: group commit leaves little to gain by not flushing.
+finish_execution, p50/p99 in ms (2 cores, virtual ext4 disk, uvloop): one caller FULL 0.27/1.0, NORMAL 0.12/0.35; 32 callers
+FULL 1.2/4.5, NORMAL 1.0/7.1: group commit leaves little to gain by not flushing.
 """
 
 from __future__ import annotations

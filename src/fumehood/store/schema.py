@@ -85,6 +85,7 @@ def lock(path: Path) -> int:
     """
     _own_folder(path.parent)
     side = path.with_name(path.name + ".lock")
+    _judge(side)
     try:
         held = os.open(side, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except OSError as error:
