@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+SERVICE = "## The service under load"  # from here on the page is bench.load's
 _SNIPPETS = {"print": "print(1)", "pandas": "pandas describe()"}
 
 
@@ -15,7 +16,8 @@ def write(report: dict[str, Any], data: Path, page: Path) -> None:
     picture = data.with_suffix(".svg")
     _chart(report, picture)
     where = {name: os.path.relpath(path, page.parent) for name, path in (("data", data), ("picture", picture))}
-    page.write_text("\n".join(_lines(report, where)) + "\n")
+    service = page.read_text().partition(SERVICE)[1:] if page.exists() else ()
+    page.write_text("\n".join(_lines(report, where)) + "\n" + ("\n" + "".join(service) if any(service) else ""))
 
 
 def _lines(report: dict[str, Any], where: dict[str, str]) -> Iterator[str]:
@@ -30,7 +32,7 @@ def _lines(report: dict[str, Any], where: dict[str, str]) -> Iterator[str]:
         yield f"began ({report['load_1m_at_end']:g} when it ended, its own part included)."
     yield f"\n![start and run times]({where['picture']})"
     yield "\n## Targets\n\n| target | limit | measured | |\n|---|---:|---:|---|"
-    yield from map(_verdict, report["targets"])
+    yield from map(verdict, report["targets"])
     yield "\n## One snippet, start to end\n"
     yield "Wall time in milliseconds of the successes (answers are checked), by nearest rank; `×`: p50 beside plain Python's."
     for snippet, title in _SNIPPETS.items():
@@ -41,13 +43,13 @@ def _lines(report: dict[str, Any], where: dict[str, str]) -> Iterator[str]:
     yield from _notes(report)
 
 
-def _verdict(verdict: dict[str, Any]) -> str:
-    sign, unit = "≥" if verdict["at_least"] else "≤", verdict["unit"]
-    limit = f"{sign} {verdict['limit']:g} {unit}"
-    if verdict["value"] is None:
-        return f"| {verdict['what']} | {limit} | | not measured |"
-    missed = "**missed**" if verdict["miss"] is None else f"**missed, {verdict['miss']:g}× off**"
-    return f"| {verdict['what']} | {limit} | {verdict['value']:g} {unit} | {'met' if verdict['met'] else missed} |"
+def verdict(row: dict[str, Any]) -> str:
+    sign, unit = "≥" if row["at_least"] else "≤", row["unit"]
+    limit = f"{sign} {row['limit']:g} {unit}"
+    if row["value"] is None:
+        return f"| {row['what']} | {limit} | | not measured |"
+    missed = "**missed**" if row["miss"] is None else f"**missed, {row['miss']:g}× off**"
+    return f"| {row['what']} | {limit} | {row['value']:g} {unit} | {'met' if row['met'] else missed} |"
 
 
 def _table(rows: list[dict[str, Any]]) -> Iterator[str]:

@@ -64,6 +64,12 @@ def entries(path: str) -> int:
     return 0
 
 
+def cgroups() -> list[Path]:
+    """Every cgroup of this host that is mounted somewhere, of all hierarchies."""
+    mounts = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines() if " cgroup" in line]
+    return [d for mount in mounts for d in Path(mount).rglob("*") if d.is_dir()]
+
+
 class Peak:
     """How far this process's resident memory rose above its start, in MiB."""
 

@@ -74,16 +74,11 @@ def held() -> dict[str, float]:
         "mounts": len(Path("/proc/self/mountinfo").read_text().splitlines()),
         "zygote_mounts": sum(processes.lines(f"/proc/{pid}/mountinfo") for pid in family),
         "zygote_descriptors": sum(processes.entries(f"/proc/{pid}/fd") for pid in family),
-        "cgroups": sum(1 for d in _cgroups() if re.search(rf"/{runtime._instance.name}/", f"{d}/")),
+        "cgroups": sum(1 for d in processes.cgroups() if re.search(rf"/{runtime._instance.name}/", f"{d}/")),
         "free_uids": len(runtime._uids._free) if runtime._uids else 0,
         "rss_mib": round(processes.status_kib("self", "VmRSS") / 1024, 2),
         "zygote_rss_mib": round(sum(processes.status_kib(pid, "VmRSS") for pid in family) / 1024, 2),
     }
-
-
-def _cgroups() -> list[Path]:
-    mounts = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines() if " cgroup" in line]
-    return [d for mount in mounts for d in Path(mount).rglob("*") if d.is_dir()]
 
 
 def leaks(before: dict[str, float], after: dict[str, float]) -> list[str]:

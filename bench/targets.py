@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from bench.figures import against
@@ -66,9 +66,13 @@ TARGETS = (
 
 
 def verdicts(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """One for each target; `value` is None where this run did not measure it."""
+    return judge(TARGETS, report)
+
+
+def judge(targets: Sequence[Target], report: dict[str, Any]) -> list[dict[str, Any]]:
+    """One verdict for each target; `value` is None where this run did not measure it."""
     found: list[dict[str, Any]] = []
-    for target in TARGETS:
+    for target in targets:
         head: dict[str, Any] = {"what": target.what, "unit": target.unit, "limit": target.limit, "at_least": target.at_least}
         try:
             found.append(head | against(target.value(report), target.limit, target.at_least))

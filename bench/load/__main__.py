@@ -1,0 +1,113 @@
+"""The order of one load run: latency on a quiet server, the peer, then mixed load, a burst and a crowd on another server."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import signal
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bench import machine
+from bench.__main__ import ROOT, say
+from bench.load import bursts, latency, mixed, page, peer
+from bench.load.server import Server, broken
+from bench.load.targets import verdicts
+
+QUIET, BUSY = ("ceiling", "sessions", "claims"), ("mixed", "burst", "crowd")
+PARTS = (*QUIET, "peer", *BUSY)
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = _options(argv)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that servers and scratch go too
+    facts = machine.facts()
+    contended = machine.too_busy(facts["load_1m"], busy := machine.busy_share(), facts["cpus"])
+    if contended and not options.force:
+        print(f"not measured: {contended}. Wait, or --force to publish figures marked as contended.", file=sys.stderr)
+        return 3
+    started = datetime.datetime.now(datetime.UTC)
+    report: dict[str, Any] = {
+        "date": f"{started:%Y-%m-%d %H:%M} UTC",
+        "machine": facts | {"busy_share": busy},
+        "contended": contended,
+        "seconds": options.seconds,
+    }
+    with tempfile.TemporaryDirectory(prefix="fumehood-load-") as work:
+        report |= _measure(Path(work), options)
+    report["targets"] = verdicts(report)
+    data = options.out / f"{started:%Y-%m-%d}-{platform.node() or 'unnamed'}-load.json"
+    data.parent.mkdir(parents=True, exist_ok=True)
+    data.write_text(json.dumps(report, indent=1) + "\n")
+    say(f"wrote {data}")
+    if not options.only:  # a part of the table is no table
+        page.write(report, data, ROOT / "docs/benchmarks.md")
+        say("wrote docs/benchmarks.md")
+    return 0
+
+
+def _options(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.load", description=__doc__)
+    parser.add_argument("--seconds", type=float, default=1800.0, help="of mixed load")
+    parser.add_argument("--per-s", type=float, default=50.0, help="executions of the mixed load")
+    parser.add_argument("--claims-per-s", type=float, default=20.0, help="one-shot runs whose latency is measured")
+    parser.add_argument("--samples", type=int, default=800, help="of each latency")
+    parser.add_argument("--requests", type=int, default=500, help="in the burst")
+    parser.add_argument("--sessions", type=int, default=200, help="in the crowd")
+    parser.add_argument("--only", action="append", default=[], choices=PARTS, help="a part; writes no page")
+    parser.add_argument("--force", action="store_true", help="measure a busy machine; the result says that it was")
+    parser.add_argument("--out", type=Path, default=ROOT / "bench/results", help="where the JSON goes")
+    return parser.parse_args(argv)
+
+
+def _measure(work: Path, options: argparse.Namespace) -> dict[str, Any]:
+    wanted = set(options.only or PARTS)
+    parts: dict[str, Callable[[Server], Any]] = {
+        "ceiling": latency.ceiling,
+        "sessions": lambda s: latency.sessions(s, options.samples),
+        "claims": lambda s: latency.claims(s, options.samples, options.claims_per_s),
+        "mixed": lambda s: mixed.measure(s, options.seconds, options.per_s),
+        "burst": lambda s: bursts.burst(s, options.requests),
+        "crowd": lambda s: bursts.crowd(s, options.sessions),
+    }
+    report: dict[str, Any] = {}
+    for names in (QUIET, BUSY):
+        if chosen := [name for name in names if name in wanted]:
+            report |= _on_a_server(work / names[0], {name: parts[name] for name in chosen})
+        if names is QUIET and "peer" in wanted:
+            say("peer")
+            report["peer"] = _peer(work, options.samples)
+    return report
+
+
+def _on_a_server(work: Path, parts: dict[str, Callable[[Server], Any]]) -> dict[str, Any]:
+    """Each part in turn on one server with default settings; its end is a part of what is measured."""
+    server, report = Server(work).start(), dict[str, Any]()
+    try:
+        for name, part in parts.items():
+            say(name)
+            report[name] = part(server)
+    finally:
+        code, text = server.stop(), server.tail(1 << 30)
+        say(f"the server ended with {code}")
+        if broken(text):
+            say(f"its log has failures: {text[-3000:]}")
+    return report | {f"server_{'_'.join(parts)}": {"exit_code": code, "broken": broken(text)}}
+
+
+def _peer(work: Path, samples: int) -> dict[str, Any] | str:
+    where = work / "peer"
+    where.mkdir()
+    try:
+        return peer.measure(where, min(48, samples // 8), samples)
+    except peer.NoPeer as e:
+        return str(e)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,8 @@
+"""`bench` is a program of the checkout, not of the installed package."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
