@@ -1,4 +1,4 @@
-"""A minute of mixed load on a real server, then a burst and a crowd: nothing lost, mixed up or left. Times are `make`'s matter."""
+"""A minute of mixed load on a real server, then a burst and a crowd: nothing lost, mixed up or left. No times are asserted."""
 
 from __future__ import annotations
 
