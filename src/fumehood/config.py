@@ -1,6 +1,7 @@
 """One frozen Config from file and environment. The only reader of os.environ in the package.
 
-Later beats earlier: the fields' defaults, the file (FUMEHOOD_CONFIG or ~/.config/fumehood/config.toml), FUMEHOOD_<FIELD>.
+Later beats earlier: the fields' defaults, the file (FUMEHOOD_CONFIG or ~/.config/fumehood/config.toml), systemd's credentials
+named fumehood.<field>, FUMEHOOD_<FIELD>.
 A key or variable that nobody knows is refused: a mistyped FUMEHOOD_TIER must not silently mean another tier (H13).
 """
 
@@ -110,7 +111,8 @@ class Config:
         """
         environ = os.environ if environ is None else environ
         uid = os.geteuid() if uid is None else uid
-        settings = {**_directories(environ, uid), **_from_file(environ, uid), **_from_environment(environ)}
+        files = {**_from_file(environ, uid), **_from_credentials(environ)}
+        settings = {**_directories(environ, uid), **files, **_from_environment(environ)}
         config = cls(**settings)
         for directory in (config.state_dir, config.run_dir):
             _own(directory, uid)
@@ -150,6 +152,16 @@ def _from_file(environ: Mapping[str, str], uid: int) -> dict[str, Any]:
     except (OSError, ValueError) as e:
         raise _wrong(str(path), str(e)) from None
     return {name: _typed(name, value, str(path)) for name, value in values.items()}
+
+
+def _from_credentials(environ: Mapping[str, str]) -> dict[str, Any]:
+    """What systemd passes as files (LoadCredential=): a key there is in no unit file and in no process's environment."""
+    directory = environ.get("CREDENTIALS_DIRECTORY")
+    found = sorted(Path(directory).glob("fumehood.*")) if directory else []
+    try:
+        return {(n := path.suffix[1:]): _typed(n, path.read_text().strip(), str(path)) for path in found}
+    except (OSError, ValueError) as e:
+        raise _wrong(str(directory), str(e)) from None
 
 
 def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
