@@ -63,9 +63,11 @@ ROOMS: Mapping[str, tuple[tuple[str, ...], str]] = {
         (*NOUNS, "config", "policy", "execution", "live", "supervisor", "runtime", "agent.wire", "client"),
         "the SDK may embed a supervisor and choose its tier; it knows no gateway internals",
     ),
+    "mcp": ((*NOUNS, "config", "client", "mcp"), "the MCP server is a caller like any other: it has the SDK and no more"),
+    "adapters": ((*NOUNS, "client", "adapters"), "an adapter translates between a framework and the SDK"),
     "demo": ((*NOUNS, "demo"), "the demo's attacks are scripts for the inside; the CLI runs them through the client"),
     "cli": (
-        (*NOUNS, "config", "policy", "client", "cli", "demo", "gateway", "service", "store"),
+        (*NOUNS, "config", "policy", "client", "cli", "demo", "gateway", "mcp", "service", "store"),
         "verbs of the command line are thin over the client; serve starts the gateway, keys opens the store",
     ),
     "__init__": (("client.sandbox", "errors", "model", "policy.rules"), "the package shows public names, lazily"),

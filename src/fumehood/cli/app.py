@@ -8,7 +8,7 @@ from typing import Annotated, cast
 import typer
 
 from fumehood import __version__
-from fumehood.cli import demo, doctor, exits, run, shell
+from fumehood.cli import demo, doctor, exits, mcp, run, shell
 
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # of click, or of the copy that typer brings
 app = typer.Typer(
@@ -19,6 +19,7 @@ app = typer.Typer(
 app.command(name="run", epilog=run.EPILOG)(run.run)
 app.command(name="shell")(shell.shell)
 app.command(name="doctor")(doctor.doctor)
+app.command(name="mcp")(mcp.mcp)
 app.add_typer(demo.app, name="demo")
 
 
