@@ -159,7 +159,7 @@ async def test_a_model_can_choose_a_preset_but_no_file_and_nothing_where_the_ope
     loose = tmp_path / "loose.toml"
     loose.write_text('extends = "permissive"\n')
     async with Client(stdio()) as client:
-        by_path = await client.call_tool("create_sandbox", {"policy": str(loose)})
+        by_path = await client.call_tool("create_sandbox", {"policy": f"./{loose.name}"})
     async with Client(stdio("--policy", "strict")) as client:
         weaker = await client.call_tool("create_sandbox", {"policy": "permissive"})
         await client.call_tool("run_code", {"code": "1"})
@@ -187,7 +187,7 @@ async def test_a_default_sandbox_that_died_is_replaced_after_the_model_was_told(
 
 def _short_lived(stdio) -> str:
     path = stdio().cwd / "short.toml"
-    path.write_text('extends = "default"\n[limits]\nlifetime_s = 1.0\n')
+    path.write_text('extends = "default"\n[limits]\nlifetime_s = 1.0\ntimeout_s = 1.0\n')
     return str(path)
 
 
@@ -205,7 +205,7 @@ async def test_the_end_of_a_session_ends_its_sandboxes(stdio, mode):
 async def test_a_call_that_the_client_gives_up_is_stopped_inside(stdio):
     marker = uuid.uuid4().hex
     async with Client(stdio(), mode="legacy") as client:
-        call = asyncio.ensure_future(client.call_tool("exec", {"command": f"exec -a {marker} sleep 600", "timeout_s": 600}))
+        call = asyncio.ensure_future(client.call_tool("exec", {"command": f"exec -a {marker} sleep 600"}))
         await until(lambda: marked(f"{marker}\x00600"))
         call.cancel()
         await until(lambda: not marked(f"{marker}\x00600"))
@@ -229,7 +229,7 @@ async def _busy(server: subprocess.Popen[bytes], marker: str) -> None:
     hello = {"protocolVersion": "2025-06-18", "capabilities": {}, "clientInfo": {"name": "t", "version": "1"}}
     _say(server, id=1, method="initialize", params=hello)
     _say(server, method="notifications/initialized")
-    command = {"command": f"exec -a {marker} sleep 600", "timeout_s": 600}
+    command = {"command": f"exec -a {marker} sleep 600"}
     _say(server, id=2, method="tools/call", params={"name": "exec", "arguments": command})
     await until(lambda: marked(f"{marker}\x00600"))
 
