@@ -56,6 +56,7 @@ def main(control_fd: int) -> None:
     control = socket.socket(fileno=control_fd)
     order = read_order(control)
     rootless = order["uid"] is None
+    os.umask(0o022)  # sandboxes of other uids walk the root built below; a caller's 077 would shut them out of it
     _die_with_parent()
     uid, gid = os.getuid(), os.getgid()
     sc.call(sc.UNSHARE, sc.NEWNS | sc.NEWPID | sc.NEWIPC | sc.NEWUTS | (sc.NEWUSER if rootless else 0))
