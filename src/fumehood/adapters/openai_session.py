@@ -136,6 +136,7 @@ async def alive(box: AsyncSandbox) -> bool:
 
 def _as_exec(result: Result) -> ExecResult:
     """What a signal ended has no exit code of its own: 137 as in a shell, and the cause where a model reads it."""
-    told = result.stderr if result.exit_code is not None else f"{result.stderr}\n{result.status}: {result.cause}\n"
+    by_itself = result.exit_code is not None and result.status in ("ok", "error")
+    told = result.stderr if by_itself else f"{result.stderr}\n{result.status}: {result.cause}\n"
     code = _ENDED if result.exit_code is None else result.exit_code
     return ExecResult(stdout=result.stdout.encode(), stderr=told.encode(), exit_code=code)
