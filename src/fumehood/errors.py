@@ -9,6 +9,7 @@ FumehoodError
 |   |-- QueueFull           the server's queue is full (retry_after_s says when to come again)
 |   |-- RateLimited         your key made more requests, or holds more sandboxes, than it may
 |   `-- DeadlineExceeded    the request waited in the queue until its own deadline
+|-- ServerUnreachable       no server answers there, or not one of fumehood's; retry, or correct the address
 |-- Unauthenticated         no API key, or one that is unknown or revoked
 |-- Forbidden               the key lacks the scope for this
 |-- Conflict                an idempotency key was used before for another request
@@ -90,6 +91,11 @@ class RateLimited(CapacityExceeded):
 
 class DeadlineExceeded(CapacityExceeded):
     code = "deadline_exceeded"
+
+
+class ServerUnreachable(FumehoodError):
+    code = "server_unreachable"
+    retryable = True
 
 
 class Unauthenticated(FumehoodError):

@@ -9,12 +9,15 @@ import sys
 import traceback
 from collections.abc import Coroutine
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from fumehood.errors import FumehoodError, InvalidInput, ProtectionUnavailable, SandboxGone
 from fumehood.model import Result, Status
+
+if TYPE_CHECKING:
+    from fumehood.client.process import Exit
 
 USAGE, TIMEOUT, FAILED, REFUSED, KILLED, INTERRUPTED, TERMINATED = 2, 124, 125, 126, 137, 130, 143
 
@@ -52,6 +55,13 @@ def left_with(result: Result) -> int | None:
     if result.error.value in ("", "None"):
         return 0
     return int(result.error.value) & 0xFF if re.fullmatch(r"-?\d{1,9}", result.error.value, re.ASCII) else 1
+
+
+def code_of(ended: Exit) -> int:
+    """Of a program that was followed: its own, 128 + n if signal n ended it, FAILED if it vanished with its sandbox."""
+    if ended.exit_code is not None:
+        return ended.exit_code & 0xFF
+    return FAILED if ended.signal is None else 128 + ended.signal
 
 
 def failure_code(error: FumehoodError) -> int:

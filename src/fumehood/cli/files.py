@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import secrets
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -33,29 +33,44 @@ def report(skipped: Iterable[str]) -> None:
 
 async def copy_in(box: AsyncSandbox, path: Path) -> list[str]:
     """Copy a file, or a directory with all in it, into the home. Returns what was skipped and why."""
-    root = _existing(path)
+    root = existing(path)
+    return await put(box, root, f"{HOME}/{root.name}")
+
+
+async def put(box: AsyncSandbox, root: Path, target: str, on_file: Callable[[Path], object] = lambda _: None) -> list[str]:
+    """Copy `root` as `target`, with all in it if it is a directory. Returns what was skipped and why."""
     skipped: list[str] = []
-    for source in _tree(root):
+    for source in tree(root):
         # A link in the user's tree may point at what they never meant to hand over, such as a key.
         if source.is_symlink() or not (source.is_file() or source.is_dir()):
             skipped.append(f"not copied in: {source}: neither a plain file nor a directory")
             continue
-        target = f"{HOME}/{source.relative_to(root.parent).as_posix()}"
+        inside = str(PurePosixPath(target, source.relative_to(root)))
         if source.is_dir():
-            await box.files.mkdir(target)
+            await _directory(box, inside)
         else:
-            await box.files.upload(source, target)
+            await box.files.upload(source, inside)
+            on_file(source)
     return skipped
 
 
-def _existing(path: Path) -> Path:
+async def _directory(box: AsyncSandbox, path: str) -> None:
+    try:
+        await box.files.mkdir(path)
+    except FileFault as e:
+        if e.details.get("errno") != "EEXIST" or (await box.files.stat(path)).type != "directory":
+            raise
+
+
+def existing(path: Path) -> Path:
+    """Resolved. Raises InvalidInput when there is no such file here."""
     try:
         return path.resolve(strict=True)
     except OSError as e:
         raise InvalidInput(f"can't copy in {path}", cause=str(e), remediation="name a file or directory here") from None
 
 
-def _tree(root: Path) -> Iterator[Path]:
+def tree(root: Path) -> Iterator[Path]:
     yield root
     for folder, directories, names in os.walk(root, followlinks=False):
         yield from (Path(folder, name) for name in sorted(directories) + sorted(names))
@@ -87,21 +102,22 @@ async def _plain_file(box: AsyncSandbox, path: str, limit: int) -> bytes:
     return await box.files.read(path, limit_bytes=limit)
 
 
-def safe_parts(path: str) -> tuple[str, ...]:
-    """The components of a guest path below its home. Raises Unsafe for any that the host should not create."""
+def safe_parts(path: str, root: str = HOME) -> tuple[str, ...]:
+    """The components of a guest path below `root`. Raises Unsafe for any that the host should not create."""
     pure = PurePosixPath(path)
     if "\0" in path or len(path) > 4096 or ".." in pure.parts:
         raise Unsafe("the name leaves its directory")
-    if not pure.is_relative_to(HOME) or pure == PurePosixPath(HOME):
-        raise Unsafe(f"not under {HOME}")
-    parts = tuple(_clean(part) for part in pure.relative_to(HOME).parts)
+    if not pure.is_relative_to(root) or pure == PurePosixPath(root):
+        raise Unsafe(f"not under {root}")
+    parts = tuple(clean(part) for part in pure.relative_to(root).parts)
     # .git/hooks, .envrc, .bashrc: a name alone can make a host tool run the content.
     if any(part.startswith(".") for part in parts):
         raise Unsafe("hidden names are not copied out")
     return parts
 
 
-def _clean(part: str) -> str:
+def clean(part: str) -> str:
+    """One component without control characters. Raises Unsafe when it is too long for a file system."""
     text = "".join(c if c.isprintable() and not 0xD800 <= ord(c) <= 0xDFFF else "_" for c in part)
     if len(text.encode()) > 255:
         raise Unsafe("a component is over 255 bytes")
@@ -120,11 +136,29 @@ def prepare(out: Path) -> None:
 
 def write_plain(out: Path, parts: tuple[str, ...], data: bytes) -> None:
     """Write a plain file, mode 0644, under `out`; below `out` no link is followed and nothing is opened that exists."""
+    with _below(out, parts[:-1]) as folder:
+        _replace(folder, parts[-1], data)
+
+
+def place(out: Path, parts: tuple[str, ...], staged: Path) -> None:
+    """The same for a file that was staged on the same file system."""
+    with _below(out, parts[:-1]) as folder:
+        os.rename(staged, parts[-1], dst_dir_fd=folder)
+
+
+def make_directory(out: Path, parts: tuple[str, ...]) -> None:
+    with _below(out, parts):
+        return
+
+
+@contextmanager
+def _below(out: Path, parts: tuple[str, ...]) -> Generator[int]:
+    """A descriptor of the directory, made where it is missing."""
     folder = os.open(out, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)  # `out` is the user's own word: may be a link
     try:
-        for part in parts[:-1]:
+        for part in parts:
             folder = _descend(folder, part)
-        _replace(folder, parts[-1], data)
+        yield folder
     finally:
         os.close(folder)
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from fumehood.cli import exits, files, profiles
+from fumehood.cli import exits, files, profiles, reach, show
+from fumehood.cli.reach import KeyOption, UrlOption
 from fumehood.errors import InvalidInput, SandboxGone
 from fumehood.model import Result
 
@@ -31,8 +32,6 @@ _NOT_RUN = {".rb": "Ruby", ".pl": "Perl", ".go": "Go", ".rs": "Rust", ".c": "C",
             ".ts": "TypeScript", ".php": "PHP", ".lua": "Lua", ".r": "R", ".jl": "Julia", ".ipynb": "a notebook"}  # fmt: skip
 _PICTURES = {"image/png": "png", "image/jpeg": "jpg", "image/svg+xml": "svg", "application/pdf": "pdf"}
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
-# A terminal obeys its input: guest text could set the clipboard (OSC 52) or make the terminal type. Colours may stay.
-_UNSAFE = re.compile(r"\x1b(?!\[[0-9;]*m)|[\x00-\x07\x0b-\x0c\x0e-\x1a\x1c-\x1f\x7f-\x9f]")
 
 
 class Job(NamedTuple):
@@ -61,15 +60,19 @@ def run(
     env: Annotated[list[str] | None, typer.Option("--env", help="K=V (repeatable).")] = None,
     tier: Annotated[str, typer.Option(help="auto, native or fake.")] = "auto",
     template: Annotated[str | None, typer.Option(help="What the sandbox is made from.")] = None,
+    local: Annotated[bool, typer.Option("--local", help="In this process, even if a server runs.")] = False,
+    url: UrlOption = None,
+    api_key: KeyOption = None,
 ) -> None:
-    """Run a program in a new sandbox."""
+    """Run a program in a new sandbox: in the server if one runs, else in this process."""
 
     async def work() -> int:
         seconds = None if timeout is None else parse_duration(timeout)
         lifetime = seconds + 60 if seconds and seconds > 240 else None  # the default lifetime would end it first
-        limits = _limits(timeout_s=seconds, lifetime_s=lifetime, memory_bytes=memory, cpus=cpus, pids=pids, disk_bytes=disk)
-        sandbox = {"policy": policy, "template": template, "limits": limits, "env": _pairs(env or []), "tier": tier}
+        limits = limits_of(timeout_s=seconds, lifetime_s=lifetime, memory_bytes=memory, cpus=cpus, pids=pids, disk_bytes=disk)
+        sandbox = {"policy": policy, "template": template, "limits": limits, "env": pairs(env or [], "--env"), "tier": tier}
         text, spoken = _program(file, code, language)
+        sandbox |= await reach.transport(url, api_key, local)
         job = Job(text, spoken, sandbox, seconds, copy_in or [], copy_out, as_json)
         with profiles.named(policy):
             return await _run(job)
@@ -103,22 +106,14 @@ def to_json(result: Result) -> dict[str, Any]:
 def _live(as_json: bool) -> dict[str, Any]:
     if as_json:
         return {}
-    return {"on_stdout": partial(_write, sys.stdout), "on_stderr": partial(_write, sys.stderr)}
-
-
-def _write(stream: Any, text: str) -> None:
-    try:
-        stream.write(_UNSAFE.sub("\N{REPLACEMENT CHARACTER}", text) if stream.isatty() else text)
-        stream.flush()
-    except BrokenPipeError:  # the reader left (`| head`); the program goes on, unread
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return {"on_stdout": partial(show.write, sys.stdout), "on_stderr": partial(show.write, sys.stderr)}
 
 
 def _show(result: Result) -> None:
     if result.text is not None:
-        _write(sys.stdout, result.text + "\n")
+        show.write(sys.stdout, result.text + "\n")
     if result.error and exits.left_with(result) is None:
-        _write(sys.stderr, result.error.traceback.rstrip() + "\n")
+        show.write(sys.stderr, result.error.traceback.rstrip() + "\n")
     if result.status not in ("ok", "error"):
         exits.complain(f"the program ended as {result.status}", result.cause, _ADVICE.get(result.status, ""))
 
@@ -180,7 +175,7 @@ def _by_suffix(path: Path) -> str:
     return _LANGUAGES.get(path.suffix, "python")
 
 
-def _limits(**asked: float | str | None) -> dict[str, Any]:
+def limits_of(**asked: float | str | None) -> dict[str, Any]:
     return {k: parse_size(v) if isinstance(v, str) else v for k, v in asked.items() if v is not None}
 
 
@@ -204,8 +199,9 @@ def parse_duration(text: str) -> float:
         raise InvalidInput(f"bad time {text!r}", cause=str(e), remediation="write seconds, or a unit, such as 90s") from None
 
 
-def _pairs(pairs: list[str]) -> dict[str, str]:
-    for pair in pairs:
+def pairs(given: list[str], option: str) -> dict[str, str]:
+    """NAME=VALUE texts as a mapping. Raises InvalidInput that names `option`."""
+    for pair in given:
         if "=" not in pair[1:]:
-            raise InvalidInput(f"bad --env {pair!r}", cause="no name and = before a value", remediation="write NAME=VALUE")
-    return dict(pair.split("=", 1) for pair in pairs)
+            raise InvalidInput(f"bad {option} {pair!r}", cause="no name and = before a value", remediation="write NAME=VALUE")
+    return dict(pair.split("=", 1) for pair in given)
