@@ -1,29 +1,14 @@
-"""`fumehood exec`: a program in a sandbox of the server, with this process's standard input and outputs as its own."""
+"""`fumehood exec`: a program in a sandbox of the server."""
 
 from __future__ import annotations
 
-import asyncio
-import codecs
-import os
-import signal
-import sys
-import threading
-from concurrent.futures import CancelledError
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from fumehood.cli import exits, reach, show, terminal
+from fumehood.cli import exits, reach
 from fumehood.cli.reach import KeyOption, UrlOption
 from fumehood.cli.run import pairs
-from fumehood.cli.shell import ENV
-from fumehood.errors import FumehoodError
-
-if TYPE_CHECKING:
-    from fumehood.client.process import AsyncProcess, Exit
-    from fumehood.client.sandbox import AsyncSandbox
-
-_END_S = 2.0  # what a program gets to end itself after Ctrl-C
 
 
 def exec_(
@@ -38,6 +23,7 @@ def exec_(
     """Run a program in a sandbox; leaves with the program's exit code."""
 
     async def work() -> int:
+        from fumehood.cli import pipes, terminal
         from fumehood.client.sandbox import AsyncSandbox
 
         if tty:
@@ -46,52 +32,6 @@ def exec_(
         found = await reach.server(url, api_key)
         box = await AsyncSandbox.connect(sandbox_id, url=found.url, api_key=found.api_key)
         async with box:
-            return exits.code_of(await run_in(box, argv, cwd, variables, tty))
+            return exits.code_of(await pipes.run_in(box, argv, cwd, variables, tty))
 
     exits.drive(work())
-
-
-async def run_in(box: AsyncSandbox, argv: list[str], cwd: str | None, env: dict[str, str], tty: bool) -> Exit:
-    if tty:
-        return await terminal.join(await box.start(argv, cwd=cwd, env={**ENV, **env}, pty=terminal.size()))
-    # A terminal's lines are not for it: without -t it has no input, as a job in the background has none.
-    piped = not sys.stdin.isatty()
-    process = await box.start(argv, cwd=cwd, env=env, stdin=piped)
-    if piped:
-        threading.Thread(target=_feed, args=(process, asyncio.get_running_loop()), daemon=True).start()
-    try:
-        return await _follow(process)
-    except asyncio.CancelledError:
-        await _end(process)
-        raise
-
-
-def _feed(process: AsyncProcess, loop: asyncio.AbstractEventLoop) -> None:
-    """A thread, since a regular file can't be awaited; a daemon, since the program may end while nothing comes."""
-    fd = sys.stdin.fileno()
-    try:
-        while data := os.read(fd, 65_536):
-            asyncio.run_coroutine_threadsafe(process.write(data), loop).result()
-        asyncio.run_coroutine_threadsafe(process.close_stdin(), loop).result()
-    except (FumehoodError, CancelledError, RuntimeError):  # the program or this command ended: nobody wants the rest
-        return
-
-
-async def _follow(process: AsyncProcess) -> Exit:
-    decoders = {name: codecs.getincrementaldecoder("utf-8")("replace") for name in ("stdout", "stderr")}
-    async for name, data in process:
-        stream = sys.stderr if name == "stderr" else sys.stdout
-        if stream.isatty():
-            show.write(stream, decoders[name].decode(data))
-        else:
-            show.raw(stream, data)
-    return await process.wait()
-
-
-async def _end(process: AsyncProcess) -> None:
-    """Ctrl-C is meant for the program: as on a terminal it may end itself, then it is ended."""
-    await process.signal(signal.SIGINT, group=True)
-    try:
-        await asyncio.wait_for(process.wait(), _END_S)
-    except TimeoutError:
-        await process.signal(signal.SIGKILL, group=True)

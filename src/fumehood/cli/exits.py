@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 import signal
 import sys
@@ -80,6 +79,8 @@ def complain(what: str, cause: str = "", remediation: str = "") -> None:
 
 def drive(work: Coroutine[Any, Any, int], *, as_json: bool = False) -> None:
     """Run a verb and leave with its code. Ctrl-C and SIGTERM cancel it, so that `async with` ends the sandbox first."""
+    import asyncio  # --help does not need it, and it is a third of what --help would take
+
     try:
         code = asyncio.run(_until_terminated(work))
     except FumehoodError as error:
@@ -96,6 +97,8 @@ def drive(work: Coroutine[Any, Any, int], *, as_json: bool = False) -> None:
 
 
 async def _until_terminated(work: Coroutine[Any, Any, int]) -> int:
+    import asyncio
+
     task = asyncio.ensure_future(work)
     terminated = asyncio.Event()
 

@@ -6,10 +6,9 @@ from typing import Annotated, Any
 
 import typer
 
-from fumehood.cli import exits, profiles, terminal
+from fumehood.cli import exits, profiles
 
 DAY_S = 86_400.0
-ENV = {"TERM": "xterm-256color", "PS1": r"sandbox:\w\$ "}
 
 
 def shell(
@@ -28,9 +27,10 @@ def shell(
 
 
 async def _shell(command: str, sandbox: dict[str, Any]) -> int:
+    from fumehood.cli import terminal
     from fumehood.client.sandbox import AsyncSandbox
 
     terminal.demand()
     async with AsyncSandbox(**sandbox, limits={"lifetime_s": DAY_S, "timeout_s": DAY_S}) as box:
-        process = await box.start([command], env=ENV, pty=terminal.size())
+        process = await box.start([command], env=terminal.ENV, pty=terminal.size())
         return exits.code_of(await terminal.join(process))

@@ -18,6 +18,8 @@ from fumehood.errors import InvalidInput
 if TYPE_CHECKING:
     from fumehood.client.process import AsyncProcess, Exit
 
+ENV = {"TERM": "xterm-256color", "PS1": r"sandbox:\w\$ "}
+
 
 def demand() -> None:
     """Raises InvalidInput where standard input is no terminal."""
