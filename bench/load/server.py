@@ -10,12 +10,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bench import processes
 from bench.load.http import Client, Gone
 
+PROGRAM = str(Path(sys.executable).with_name("fumehood"))
 START_S, STOP_S = 90.0, 60.0
 CALM_S, CALM_LOOK_S = 60.0, 1.0  # how long after the load the server may take to be as before
 
@@ -35,12 +37,11 @@ class Server:
         self.host, self.port, self.key = "127.0.0.1", 0, ""
 
     def start(self) -> Server:
-        program = str(Path(sys.executable).with_name("fumehood"))
         for directory in (self._state, self._run):
             directory.mkdir(0o700, parents=True)
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
-                [program, "serve", "--listen", "127.0.0.1:0"], env=self._env, stdout=log, stderr=log, stdin=subprocess.DEVNULL
+                [PROGRAM, "serve", "--listen", "127.0.0.1:0"], env=self._env, stdout=log, stderr=log, stdin=subprocess.DEVNULL
             )
         try:
             self._await_key(time.monotonic() + START_S)
@@ -89,6 +90,13 @@ class Server:
 
     def client(self, key: str | None = None) -> Client:
         return Client(self.host, self.port, self.key if key is None else key)
+
+    def make_key(self, tenant: str, options: Sequence[str]) -> str:
+        command = [PROGRAM, "keys", "create", "--json", "--tenant", tenant, *options]
+        done = subprocess.run(command, env=self._env, capture_output=True, text=True, timeout=START_S, check=False)
+        if done.returncode:
+            raise NoServer(f"no key for {tenant}: {done.stderr[-400:]}")
+        return json.loads(done.stdout)["api_key"]
 
     @property
     def pid(self) -> int:
