@@ -6,53 +6,17 @@ import asyncio
 import dataclasses
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import uvicorn
 from e2b_code_interpreter import Sandbox
-from starlette.requests import Request
-from starlette.types import Receive, Scope, Send
+from e2b_server import Server, authenticate, beyond
 
 from fumehood.config import Config
-from fumehood.errors import Unauthenticated
 from fumehood.gateway import e2b
-from fumehood.records import Caller
 from fumehood.service import Service
-
-KEYS = {
-    "e2b_0a": Caller("alpha", "k1", frozenset({"sandboxes"})),
-    "e2b_0b": Caller("beta", "k2", frozenset({"sandboxes"})),
-    "e2b_0c": Caller("alpha", "k3", frozenset({"sandboxes"}), compat=frozenset({"ignore-egress"})),
-}
-
-
-async def authenticate(request: Request) -> Caller:
-    if caller := KEYS.get(request.headers.get("x-api-key", "")):
-        return caller
-    raise Unauthenticated("no such API key")
-
-
-async def beyond(scope: Scope, receive: Receive, send: Send) -> None:
-    """Where the rest of the gateway would be."""
-    if scope["type"] == "http":
-        await send({"type": "http.response.start", "status": 418, "headers": []})
-        await send({"type": "http.response.body", "body": b"not E2B's"})
-
-
-@dataclass
-class Server:
-    url: str
-    service: Service
-    loop: asyncio.AbstractEventLoop
-
-    def options(self, key: str = "e2b_0a") -> dict[str, Any]:
-        return {"api_key": key, "api_url": self.url, "sandbox_url": self.url, "retries": 0}
-
-    def do(self, work: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(work, self.loop).result(20)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +30,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
             app = e2b.route(beyond, service, authenticate)
             http = uvicorn.Server(uvicorn.Config(app, port=0, lifespan="off", log_level="error", timeout_graceful_shutdown=1))
             serving = asyncio.create_task(http.serve())
-            while not http.started:
+            while not http.started:  # noqa: ASYNC110 - uvicorn has no event for it
                 await asyncio.sleep(0.01)
             port = http.servers[0].sockets[0].getsockname()[1]
             stop = asyncio.Event()

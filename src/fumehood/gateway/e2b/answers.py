@@ -116,7 +116,8 @@ class BrokenOff(Exception):
 async def _send(send: Send, chunks: AsyncGenerator[bytes, None]) -> None:
     async with contextlib.aclosing(chunks):
         async for chunk in chunks:
-            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            if chunk:
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
     await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

@@ -25,6 +25,7 @@ from .mime import result_line
 KEEPALIVE_S = 5.0  # how long a peer that vanished without a word can go unnoticed
 LANGUAGES = {"python": "python", "javascript": "javascript", "js": "javascript", "bash": "bash"}
 # How a run that did not end by itself is shown: the SDK knows no status, only the name of an error.
+_ENDED_BY_HOST = ("timeout", "oom", "output_limit", "killed", "cancelled", "quarantined")
 _NAMES: Mapping[str, str] = {"timeout": "TimeoutError", "oom": "MemoryError", "cancelled": "KeyboardInterrupt"}
 
 
@@ -166,8 +167,9 @@ def _failure(result: Result) -> list[dict[str, Any]]:
     """The error that the code raised, or else why the host ended it: a run cut short must not look like a whole one."""
     if result.ok:
         return []
-    if result.status == "error" and result.error:
-        return [_error(result.error.name, result.error.value, result.error.traceback)]
+    if result.error and result.status not in _ENDED_BY_HOST:
+        why = f"\n{result.status}: {result.cause}" if result.cause else ""
+        return [_error(result.error.name, result.error.value, result.error.traceback + why)]
     if result.status == "error":  # a shell's exit code
         return [_error("ExitCode", str(result.exit_code))]
     return [_error(_NAMES.get(result.status, result.status), result.cause)]
