@@ -128,7 +128,8 @@ class Zygote:
             await asyncio.shield(self._refill)  # it is being made
             spare, self._spare = self._spare, None
         clone = spare if spare is not None and spare.waits() else await self._clone()
-        self._refill = asyncio.create_task(self._make_spare())
+        if self._spare is None and (self._refill is None or self._refill.done()):  # one at a time: a second would be lost
+            self._refill = asyncio.create_task(self._make_spare())
         return clone
 
     async def _make_spare(self) -> None:
