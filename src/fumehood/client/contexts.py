@@ -32,7 +32,7 @@ class AsyncContexts:
     """Raises NotFound for an unknown id, InvalidInput for a language that the image lacks."""
 
     def __init__(self, box: AsyncSandbox) -> None:
-        self._engine, self._link = box.engine, box.live.link
+        self._engine, self._link = box.engine, box.port.link
 
     async def create(self, language: str = "python", cwd: str | None = None) -> Context:
         return _context(await self._call("context.create", **_create(language, cwd)))
@@ -58,7 +58,7 @@ class Contexts:
     """AsyncContexts, blocking."""
 
     def __init__(self, box: Sandbox) -> None:
-        self._engine, self._link = box.engine, box.live.link
+        self._engine, self._link = box.engine, box.port.link
 
     def create(self, language: str = "python", cwd: str | None = None) -> Context:
         return _context(self._call("context.create", **_create(language, cwd)))

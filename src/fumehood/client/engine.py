@@ -12,14 +12,21 @@ import atexit
 import concurrent.futures
 import os
 import threading
-from collections.abc import Coroutine
-from typing import Any, TypeVar
+from collections.abc import Callable, Coroutine, Hashable
+from typing import Any, Protocol, TypeVar, cast
 
 from fumehood.config import Config
 from fumehood.runtime.tiers import TIERS
 from fumehood.supervisor import Supervisor
 
 T = TypeVar("T")
+
+
+class Shared(Protocol):
+    async def aclose(self) -> None: ...
+
+
+S = TypeVar("S", bound=Shared)
 
 
 class Engine:
@@ -34,6 +41,7 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="fumehood", daemon=True)
         self._thread.start()
         self.supervisor: Supervisor = Supervisor(config, TIERS)
+        self._shared: dict[Hashable, Shared] = {}
         atexit.register(self.close)
 
     @classmethod
@@ -57,6 +65,12 @@ class Engine:
     def submit(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
         return asyncio.run_coroutine_threadsafe(work, self.loop)
 
+    def shared(self, key: Hashable, make: Callable[[], S]) -> S:
+        """One for each key: the connections that all sandboxes of a process have in common. In its loop only."""
+        if key not in self._shared:
+            self._shared[key] = make()
+        return cast("S", self._shared[key])
+
     def close(self) -> None:
         """End every sandbox of this process and give everything back. Also runs at exit."""
         with Engine._making:
@@ -76,6 +90,8 @@ class Engine:
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
+        for shared in self._shared.values():
+            await shared.aclose()
         await self.supervisor.aclose()
 
 

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from fumehood.agent import wire
 from fumehood.client.calls import await_engine, block_on
 from fumehood.client.engine import Engine
+from fumehood.client.port import Link, Stream
 from fumehood.errors import InvalidInput, NotFound
 from fumehood.model import GIB, MIB
-from fumehood.runtime.link import Link, Stream
 
 if TYPE_CHECKING:
     from fumehood.client.sandbox import AsyncSandbox, Sandbox
@@ -92,14 +92,18 @@ async def _size(link: Link, path: str) -> int:
 
 async def _write(link: Link, path: str, data: bytes | Path) -> Entry:
     stream = await link.open("files.write", path=_check_path(path))
-    if isinstance(data, Path):
-        with data.open("rb") as f:
-            while chunk := f.read(wire.CHUNK_BYTES):
-                await stream.send(chunk)
-    else:
-        await stream.send(data)
-    await stream.close_input()
-    return _entry((await stream.result())["entry"])
+    try:
+        if isinstance(data, Path):
+            with data.open("rb") as f:
+                while chunk := f.read(wire.CHUNK_BYTES):
+                    await stream.send(chunk)
+        else:
+            await stream.send(data)
+        await stream.close_input()
+        return _entry((await stream.result())["entry"])
+    except BaseException:  # Ctrl-C, a host file that can't be read on: half of a file must not stay, nor the stream
+        await stream.cancel()
+        raise
 
 
 async def _list(link: Link, path: str, depth: int) -> list[Entry]:
@@ -211,7 +215,7 @@ class AsyncFiles:
     """`~` and relative paths start at /home/user. Raises NotFound, FileFault (errno kept), InvalidInput."""
 
     def __init__(self, box: AsyncSandbox) -> None:
-        self._engine, self._link = box.engine, box.live.link
+        self._engine, self._link = box.engine, box.port.link
 
     async def read(self, path: str, *, limit_bytes: int = _MAX_READ_BYTES) -> bytes:
         return await await_engine(self._engine, _read(self._link, path, limit_bytes))
@@ -261,7 +265,7 @@ class Files:
     """AsyncFiles, blocking."""
 
     def __init__(self, box: Sandbox) -> None:
-        self._engine, self._link = box.engine, box.live.link
+        self._engine, self._link = box.engine, box.port.link
 
     def read(self, path: str, *, limit_bytes: int = _MAX_READ_BYTES) -> bytes:
         return block_on(self._engine, _read(self._link, path, limit_bytes))

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from fumehood.agent import wire
 from fumehood.client.calls import await_engine, block_on
+from fumehood.client.port import Link, Stream
 from fumehood.errors import WireError
-from fumehood.runtime.link import Link, Stream
 
 if TYPE_CHECKING:
     from fumehood.client.sandbox import AsyncSandbox, Sandbox
@@ -56,7 +56,7 @@ async def start_process(
         arguments["cwd"] = cwd
     if pty:
         arguments["pty"] = {"rows": pty[0], "cols": pty[1]}
-    return await _followed(box.live.link, await box.live.link.open("exec.start", **arguments))
+    return await _followed(box.port.link, await box.port.link.open("exec.start", **arguments))
 
 
 async def _followed(link: Link, stream: Stream) -> Started:

@@ -6,28 +6,21 @@ with Sandbox(policy="data-analysis") as box:
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 from fumehood.client.calls import OnResult, OnText, await_engine, await_with_callbacks, block_on, block_with_callbacks
 from fumehood.client.contexts import AsyncContexts, Contexts
+from fumehood.client.core import Core, as_argv, there
 from fumehood.client.engine import Engine
 from fumehood.client.files import AsyncFiles, Files
 from fumehood.client.process import AsyncProcess, Process, start_process
-from fumehood.config import Config
-from fumehood.errors import InvalidTransition
-from fumehood.execution import Sinks
-from fumehood.live import Live
-from fumehood.model import CodeRequest, ExecRequest, Protection, Result, SandboxSpec, Template
-from fumehood.policy.resolve import resolve
-from fumehood.policy.rules import Policy
+from fumehood.model import Result
+from fumehood.records import SandboxRecord
 from fumehood.runtime.base import Capabilities, Stats
 
-T = TypeVar("T")
-PolicyLike = str | Path | Policy | Mapping[str, Any] | None
+Records = list[SandboxRecord]  # `list` is also a method here
 
 
 def capabilities(tier: str = "auto") -> Capabilities:
@@ -40,99 +33,13 @@ def capabilities(tier: str = "auto") -> Capabilities:
     return block_on(engine, ask())
 
 
-class _Core:
-    """What both faces share: the resolved spec and the live sandbox. No I/O."""
+class AsyncSandbox(Core):
+    """A sandbox of this process, or of a server (`url=`). Raises PolicyError at once for a bad policy, the rest when opened."""
 
-    def __init__(
-        self,
-        *,
-        policy: PolicyLike = None,
-        template: str | Template | None = None,
-        limits: Mapping[str, Any] | None = None,
-        env: Mapping[str, str] | None = None,
-        tier: str = "auto",
-        config: Config | None = None,
-    ) -> None:
-        self._engine = Engine.of_this_process(config)
-        chosen = policy if policy is not None else self._engine.supervisor.config.default_policy
-        self.spec: SandboxSpec = resolve(
-            chosen, overrides={"limits": dict(limits)} if limits else {}, env=env or {}, template=template
-        )
-        self.tier = tier
-        self._live: Live | None = None
-
-    @property
-    def live(self) -> Live:
-        if self._engine.pid != os.getpid():
-            raise InvalidTransition(
-                "this sandbox belongs to the process that forked this one", remediation="make a new one here"
-            )
-        if self._live is None:
-            raise InvalidTransition("this sandbox is not open", remediation="use it inside `with`, or call open() first")
-        return self._live
-
-    @property
-    def engine(self) -> Engine:
-        return self._engine
-
-    @property
-    def id(self) -> str:
-        return self.live.id
-
-    @property
-    def protections(self) -> tuple[Protection, ...]:
-        """Each mechanism as it is for this sandbox: enforced, degraded or off."""
-        return self.live.handle.protections
-
-    async def _open(self) -> None:
-        if self._live is None:
-            self._live = await self._engine.supervisor.create(self.spec, self.tier)
-
-    async def _close(self) -> None:
-        if self._live is not None:
-            live, self._live = self._live, None
-            await self._engine.supervisor.close_sandbox(live.id)
-
-    def _code(
-        self, code: str, language: str, context: str | None, timeout_s: float | None, env: Mapping[str, str] | None
-    ) -> Callable[[Sinks], Coroutine[Any, Any, Result]]:
-        request = CodeRequest(code, language, context, env or {}, timeout_s)
-        return lambda sinks: self.live.run(request, sinks)
-
-    def _program(
-        self,
-        argv: Sequence[str] | str,
-        cwd: str | None,
-        env: Mapping[str, str] | None,
-        stdin: bytes | None,
-        timeout_s: float | None,
-    ) -> Callable[[Sinks], Coroutine[Any, Any, Result]]:
-        request = ExecRequest(as_argv(argv), env or {}, cwd, stdin, None, timeout_s)
-        return lambda sinks: self.live.exec(request, sinks)
-
-    async def _checkpoint(self, context: str | None) -> str:
-        context = context or await self._default_context()
-        return f"{context}:{(await self.live.link.call('context.checkpoint', id=context))['checkpoint']}"
-
-    async def _default_context(self) -> str:
-        contexts = (await self.live.link.call("context.list"))["contexts"]
-        return next(c["id"] for c in contexts if c["language"] == "python")
-
-    async def _rollback(self, checkpoint: str) -> None:
-        context, _, name = checkpoint.partition(":")
-        await self.live.link.call("context.rollback", id=context, checkpoint=name)
-
-    async def _stats(self) -> Stats:
-        return self.live.handle.stats()
-
-
-def as_argv(argv: Sequence[str] | str) -> tuple[str, ...]:
-    """A string is a line for bash, as in every shell."""
-    return ("/bin/bash", "-c", argv) if isinstance(argv, str) else tuple(argv)
-
-
-class AsyncSandbox(_Core):
-    """A sandbox of this process. Raises PolicyError at once for a bad policy, the rest when it is opened."""
+    @classmethod
+    async def connect(cls, sandbox_id: str, *, url: str | None = None, api_key: str | None = None) -> Self:
+        """Join one that lives on a server. close() then leaves it alive. Raises NotFound, ServerUnreachable."""
+        return await cls._joining(sandbox_id, url, api_key).open()
 
     @property
     def files(self) -> AsyncFiles:
@@ -202,35 +109,52 @@ class AsyncSandbox(_Core):
 
     async def processes(self) -> list[dict[str, Any]]:
         """The programs that run in it: `{"pid", "argv", "cwd", "tag", "pty"}` each."""
-        return (await await_engine(self._engine, self.live.link.call("exec.list")))["processes"]
+        return (await await_engine(self._engine, self.port.link.call("exec.list")))["processes"]
 
     async def checkpoint(self, context: str | None = None) -> str:
         """Keep the state of a Python context and of the home directory; not of threads and child processes."""
-        return await await_engine(self._engine, self._checkpoint(context))
+        return await await_engine(self._engine, self.port.checkpoint(context))
 
     async def rollback(self, checkpoint: str) -> None:
         """Back to what `checkpoint()` kept. Raises NotFound for an unknown one."""
-        await await_engine(self._engine, self._rollback(checkpoint))
+        await await_engine(self._engine, self.port.rollback(checkpoint))
 
     async def pause(self) -> None:
         """Stop every process of the sandbox where it is; deadlines go on."""
-        await await_engine(self._engine, self.live.pause())
+        await await_engine(self._engine, self.port.pause())
 
     async def resume(self) -> None:
         """Let what `pause()` stopped go on."""
-        await await_engine(self._engine, self.live.resume())
+        await await_engine(self._engine, self.port.resume())
+
+    async def extend(self, seconds: float) -> None:
+        """It ends `seconds` from now, sooner or later than it would have. Raises InvalidInput."""
+        await await_engine(self._engine, self._extend(seconds))
 
     async def stats(self) -> Stats:
         """Memory, processes and usage now, by the host's accounting."""
-        return await await_engine(self._engine, self._stats())
+        return await await_engine(self._engine, self.port.stats())
 
     async def kill(self) -> None:
         """End every process of the sandbox at once. Later calls raise SandboxGone."""
-        await await_engine(self._engine, self.live.kill())
+        await await_engine(self._engine, self.port.kill())
+
+    @classmethod
+    async def list(
+        cls, *, url: str | None = None, api_key: str | None = None, state: str | None = None, limit: int = 1000
+    ) -> Records:
+        """The caller's sandboxes on a server: those that live, or with `state="stopped"` those that ended."""
+        engine = Engine.of_this_process()
+        return await await_engine(engine, there(engine, url, api_key, state, limit))
 
 
-class Sandbox(_Core):
+class Sandbox(Core):
     """AsyncSandbox, blocking. Safe to use from several threads. Opens on first `with` or open()."""
+
+    @classmethod
+    def connect(cls, sandbox_id: str, *, url: str | None = None, api_key: str | None = None) -> Self:
+        """Join one that lives on a server. close() then leaves it alive. Raises NotFound, ServerUnreachable."""
+        return cls._joining(sandbox_id, url, api_key).open()
 
     @property
     def files(self) -> Files:
@@ -300,28 +224,40 @@ class Sandbox(_Core):
 
     def processes(self) -> list[dict[str, Any]]:
         """The programs that run in it: `{"pid", "argv", "cwd", "tag", "pty"}` each."""
-        return block_on(self._engine, self.live.link.call("exec.list"))["processes"]
+        return block_on(self._engine, self.port.link.call("exec.list"))["processes"]
 
     def checkpoint(self, context: str | None = None) -> str:
         """Keep the state of a Python context and of the home directory; not of threads and child processes."""
-        return block_on(self._engine, self._checkpoint(context))
+        return block_on(self._engine, self.port.checkpoint(context))
 
     def rollback(self, checkpoint: str) -> None:
         """Back to what `checkpoint()` kept. Raises NotFound for an unknown one."""
-        block_on(self._engine, self._rollback(checkpoint))
+        block_on(self._engine, self.port.rollback(checkpoint))
 
     def pause(self) -> None:
         """Stop every process of the sandbox where it is; deadlines go on."""
-        block_on(self._engine, self.live.pause())
+        block_on(self._engine, self.port.pause())
 
     def resume(self) -> None:
         """Let what `pause()` stopped go on."""
-        block_on(self._engine, self.live.resume())
+        block_on(self._engine, self.port.resume())
+
+    def extend(self, seconds: float) -> None:
+        """It ends `seconds` from now, sooner or later than it would have. Raises InvalidInput."""
+        block_on(self._engine, self._extend(seconds))
 
     def stats(self) -> Stats:
         """Memory, processes and usage now, by the host's accounting."""
-        return block_on(self._engine, self._stats())
+        return block_on(self._engine, self.port.stats())
 
     def kill(self) -> None:
         """End every process of the sandbox at once. Later calls raise SandboxGone."""
-        block_on(self._engine, self.live.kill())
+        block_on(self._engine, self.port.kill())
+
+    @classmethod
+    def list(
+        cls, *, url: str | None = None, api_key: str | None = None, state: str | None = None, limit: int = 1000
+    ) -> Records:
+        """The caller's sandboxes on a server: those that live, or with `state="stopped"` those that ended."""
+        engine = Engine.of_this_process()
+        return block_on(engine, there(engine, url, api_key, state, limit))

@@ -1,0 +1,202 @@
+"""What both faces of a Sandbox share: where it is to run, checked words of the caller, and the port once it is open."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Self
+
+from fumehood.client.address import Address
+from fumehood.client.engine import Engine
+from fumehood.client.port import Embed, Embedded, Opening, Port, Terms
+from fumehood.config import Config
+from fumehood.errors import InvalidInput, InvalidTransition, Unsupported
+from fumehood.execution import Sinks
+from fumehood.live import Live
+from fumehood.model import CodeRequest, ExecRequest, Limits, Protection, Result, SandboxSpec, Template, check_id
+from fumehood.policy.load import chain
+from fumehood.policy.resolve import TEMPLATES, resolve, settle
+from fumehood.policy.rules import Policy
+from fumehood.records import OnExpiry, SandboxRecord
+
+PolicyLike = str | Path | Policy | Mapping[str, Any] | None
+
+
+class Core:
+    """No I/O of its own; `opening` says how the port comes about."""
+
+    def __init__(
+        self,
+        *,
+        policy: PolicyLike = None,
+        template: str | Template | None = None,
+        limits: Mapping[str, Any] | Limits | None = None,
+        env: Mapping[str, str] | None = None,
+        tier: str = "auto",
+        url: str | None = None,
+        api_key: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+        lease_s: float | None = None,
+        on_expiry: OnExpiry = "kill",
+        auto_resume: bool = False,
+        config: Config | None = None,
+    ) -> None:
+        self._engine = Engine.of_this_process(config)
+        self._port: Port | None = None
+        terms = Terms(dict(metadata or {}), lease_s, on_expiry, auto_resume)
+        limits = asdict(limits) if isinstance(limits, Limits) else dict(limits or {})
+        address = _address(config or self._engine.supervisor.config, url, api_key)
+        self._spec: SandboxSpec | None = None
+        if address is not None:
+            self._opening: Opening = _create(address, policy, template, limits, env or {}, tier, terms)
+            return
+        terms.refuse_without_server()
+        chosen = policy if policy is not None else self._engine.supervisor.config.default_policy
+        self._spec = resolve(chosen, overrides={"limits": limits} if limits else {}, env=env or {}, template=template)
+        self._opening = Embed(self._spec, tier, terms)
+
+    @classmethod
+    def _joining(cls, sandbox_id: str, url: str | None, api_key: str | None) -> Self:
+        """Not open yet."""
+        from fumehood.client.remote import Join
+
+        box = cls.__new__(cls)
+        box._engine, box._port, box._spec = Engine.of_this_process(), None, None
+        box._opening = Join(_server(box._engine, url, api_key), check_id(sandbox_id, "sandbox id"))
+        return box
+
+    @property
+    def spec(self) -> SandboxSpec:
+        """What an embedded sandbox is made of, resolved. A server resolves its own: raises Unsupported for those."""
+        if self._spec is None:
+            raise Unsupported("the spec of this sandbox is the server's", remediation="see its policy in Sandbox.list()")
+        return self._spec
+
+    @property
+    def port(self) -> Port:
+        if self._engine.pid != os.getpid():
+            raise InvalidTransition(
+                "this sandbox belongs to the process that forked this one", remediation="make a new one here"
+            )
+        if self._port is None:
+            raise InvalidTransition("this sandbox is not open", remediation="use it inside `with`, or call open() first")
+        return self._port
+
+    @property
+    def live(self) -> Live:
+        """For tests of what lies below. Raises Unsupported for a sandbox of a server."""
+        if not isinstance(self.port, Embedded):
+            raise Unsupported("this sandbox lives on a server", remediation="use its methods")
+        return self.port.live
+
+    @property
+    def engine(self) -> Engine:
+        return self._engine
+
+    @property
+    def id(self) -> str:
+        return self.port.id
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        return self.port.metadata
+
+    @property
+    def protections(self) -> Sequence[Protection]:
+        """Each mechanism as it is for this sandbox: enforced, degraded or off."""
+        return self.port.protections
+
+    async def _open(self) -> None:
+        if self._port is None:
+            self._port = await self._opening.open(self._engine)
+
+    async def _close(self) -> None:
+        if self._port is not None:
+            port, self._port = self._port, None
+            await port.close()
+
+    def _code(
+        self, code: str, language: str, context: str | None, timeout_s: float | None, env: Mapping[str, str] | None
+    ) -> Callable[[Sinks], Coroutine[Any, Any, Result]]:
+        request = CodeRequest(code, language, context, env or {}, timeout_s)
+        return lambda sinks: self.port.run(request, sinks)
+
+    def _program(
+        self,
+        argv: Sequence[str] | str,
+        cwd: str | None,
+        env: Mapping[str, str] | None,
+        stdin: bytes | None,
+        timeout_s: float | None,
+    ) -> Callable[[Sinks], Coroutine[Any, Any, Result]]:
+        request = ExecRequest(as_argv(argv), env or {}, cwd, stdin, None, timeout_s)
+        return lambda sinks: self.port.exec(request, sinks)
+
+    def _extend(self, seconds: float) -> Coroutine[Any, Any, None]:
+        if not math.isfinite(seconds):
+            raise InvalidInput(f"extend({seconds!r})", cause="not a time", remediation="give a number of seconds")
+        return self.port.extend(seconds)
+
+
+def as_argv(argv: Sequence[str] | str) -> tuple[str, ...]:
+    """A string is a line for bash, as in every shell."""
+    return ("/bin/bash", "-c", argv) if isinstance(argv, str) else tuple(argv)
+
+
+async def there(engine: Engine, url: str | None, api_key: str | None, state: str | None, limit: int) -> list[SandboxRecord]:
+    from fumehood.client.remote import sandboxes
+
+    return await sandboxes(engine, _server(engine, url, api_key), state, limit)
+
+
+def _address(config: Config, url: str | None, api_key: str | None) -> Address | None:
+    """None = in this process. An empty `url` says so against the configured one."""
+    where = config.url if url is None else url
+    return Address.read(where, config.api_key if api_key is None else api_key) if where else None
+
+
+def _server(engine: Engine, url: str | None, api_key: str | None) -> Address:
+    address = _address(engine.supervisor.config, url, api_key)
+    if address is None:
+        raise InvalidInput("no server is named", cause="sandboxes of this process have no list", remediation="pass url=")
+    return address
+
+
+def _create(
+    address: Address,
+    policy: PolicyLike,
+    template: str | Template | None,
+    limits: dict[str, Any],
+    env: Mapping[str, str],
+    tier: str,
+    terms: Terms,
+) -> Opening:
+    """Imported late: HTTP costs 0.1 s at import, which nobody pays who embeds."""
+    from fumehood.client.remote import Create
+
+    if isinstance(template, Template):
+        raise InvalidInput("a Template object can't be sent to a server", remediation="name it, or describe it in the policy")
+    given = {"policy": _document(policy), "template": template, "limits": limits or None, "env": dict(env) or None}
+    kept = {"tier": None if tier == "auto" else tier, "metadata": terms.metadata or None, "lease_s": terms.lease_s}
+    asked = {"on_expiry": None if terms.on_expiry == "kill" else terms.on_expiry, "auto_resume": terms.auto_resume or None}
+    return Create(address, {name: value for name, value in {**given, **kept, **asked}.items() if value is not None})
+
+
+def _document(policy: PolicyLike) -> str | dict[str, Any] | None:
+    """A preset goes by its name. All else is read and resolved here: a server must not open its callers' paths (H12)."""
+    if policy is None or (isinstance(policy, str) and "/" not in policy and "." not in policy):
+        return policy
+    spec = settle(chain(policy))
+    own = TEMPLATES.get(spec.template.name) != spec.template
+    return {
+        "name": spec.policy_name,
+        "template": asdict(spec.template) if own else spec.template.name,
+        "limits": asdict(spec.limits),
+        "files": asdict(spec.files),
+        "env": dict(spec.env),
+        "require": sorted(spec.require),
+        **({"seccomp": spec.seccomp} if spec.seccomp is not None else {}),
+    }
