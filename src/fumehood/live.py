@@ -14,16 +14,14 @@ from fumehood.model import (
     CodeRequest,
     ConnectionAttempt,
     ExecRequest,
-    Limits,
     RefusedSyscall,
     Result,
     SandboxSpec,
     SandboxState,
     Timings,
-    Usage,
     move,
 )
-from fumehood.outcome import Facts, decide
+from fumehood.outcome import Facts, decide, used
 from fumehood.runtime.base import Handle, Stats
 from fumehood.runtime.link import Link
 
@@ -157,7 +155,7 @@ class Live:
             results=tuple(capture.results),
             error=capture.error,
             changes=done.changes(),
-            usage=_usage(before, after, done.execute_s),
+            usage=used(before, after, done.execute_s),
             refused_syscalls=calls,
             connections=tuple(ConnectionAttempt(a.address, a.port, a.protocol, a.allowed, n) for a, n in attempts.items()),
             protections=self.handle.protections,
@@ -189,10 +187,30 @@ class Live:
             await asyncio.wait({self._ending}, timeout=_KILL_WAIT_S)
             self.link.lose(cause)
 
-    async def limit(self, limits: Limits) -> None:
-        await self.handle.limit(limits)
+    async def bind(self, spec: SandboxSpec) -> None:
+        """Make an anonymous sandbox its claimer's: limits by the host, env by its agent, whose answer shows that it lives.
+
+        `spec` may differ from the one it was made with only in env and the runtime's `late_limits`.
+        """
+        if spec.limits != self.spec.limits:
+            await self.handle.limit(spec.limits)
+        await self.link.call("bind", env=dict(spec.env))
+        self.spec = spec
+
+    async def checkpoint(self, context: str | None = None) -> str:
+        """Of a Python context (None: the first) and the home directory. The name to give to rollback()."""
+        if context is None:
+            contexts = (await self.link.call("context.list"))["contexts"]
+            context = next((str(c["id"]) for c in contexts if c["language"] == "python"), "python")
+        return f"{context}:{(await self.link.call('context.checkpoint', id=context))['checkpoint']}"
+
+    async def rollback(self, checkpoint: str) -> None:
+        context, _, name = checkpoint.partition(":")
+        await self.link.call("context.rollback", id=context, checkpoint=name)
 
     def expire_after(self, seconds: float) -> None:
+        if self._expiry is not None:
+            self._expiry.cancel()
         loop = asyncio.get_running_loop()
         cause = f"its lifetime of {seconds:g} s is over"
         self._expiry = loop.call_later(seconds, lambda: loop.create_task(self.kill(cause)))
@@ -215,18 +233,6 @@ async def _feed(stream: Any, data: bytes) -> None:
 def _tally(counter: Counter[Any], key: Any) -> None:
     if key in counter or len(counter) < _MAX_DISTINCT:
         counter[key] += 1
-
-
-def _usage(before: Stats, after: Stats, wall_s: float) -> Usage:
-    b, a = before.usage, after.usage
-    return Usage(
-        cpu_s=max(0.0, a.cpu_s - b.cpu_s),
-        peak_memory_bytes=a.peak_memory_bytes,
-        peak_pids=a.peak_pids,
-        io_read_bytes=max(0, a.io_read_bytes - b.io_read_bytes),
-        io_write_bytes=max(0, a.io_write_bytes - b.io_write_bytes),
-        wall_s=wall_s,
-    )
 
 
 def _check_code(code: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from fumehood.model import Limits, RefusedSyscall, Status
+from fumehood.model import Limits, RefusedSyscall, Status, Usage
 from fumehood.runtime.base import Stats
 
 Ended = Literal["end", "timeout", "output_limit", "gone", "cancelled"]
@@ -63,3 +63,15 @@ def _failure(facts: Facts, limits: Limits) -> tuple[Status, str]:
     if facts.outcome == "died":
         return "error", f"its process ended with exit code {facts.exit_code}"
     return "error", "" if facts.exit_code is None else f"exit code {facts.exit_code}"
+
+
+def used(before: Stats, after: Stats, wall_s: float) -> Usage:
+    b, a = before.usage, after.usage
+    return Usage(
+        cpu_s=max(0.0, a.cpu_s - b.cpu_s),
+        peak_memory_bytes=a.peak_memory_bytes,
+        peak_pids=a.peak_pids,
+        io_read_bytes=max(0, a.io_read_bytes - b.io_read_bytes),
+        io_write_bytes=max(0, a.io_write_bytes - b.io_write_bytes),
+        wall_s=wall_s,
+    )

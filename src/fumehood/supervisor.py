@@ -38,7 +38,13 @@ class Supervisor:
         return self._runtimes[name]
 
     async def create(self, spec: SandboxSpec, tier: str = "auto") -> Live:
-        """A ready sandbox. Raises what Runtime.start raises; nothing is left behind then."""
+        """A ready sandbox that ends after its `lifetime_s`. Raises what Runtime.start raises; nothing is left behind then."""
+        live = await self.make(spec, tier)
+        live.expire_after(spec.limits.lifetime_s)
+        return live
+
+    async def make(self, spec: SandboxSpec, tier: str = "auto") -> Live:
+        """The same, without an end: its owner keeps the time."""
         started = time.monotonic()
         live = Live("s" + secrets.token_hex(8), spec)
         async with contextlib.AsyncExitStack() as undo:
@@ -53,7 +59,6 @@ class Supervisor:
             undo.pop_all()
         live.create_ms = (time.monotonic() - started) * 1e3
         live.state = move(live.state, SandboxState.READY)
-        live.expire_after(spec.limits.lifetime_s)
         self._live[live.id] = live
         return live
 

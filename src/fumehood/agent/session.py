@@ -193,7 +193,7 @@ class Session:
         try:
             pid = child.fork_orphan()
         except BlockingIOError as e:
-            raise Refused("internal", e.strerror) from None
+            raise Refused("internal", str(e.strerror)) from None
         if pid == 0:
             ours.close()
             self._become(theirs)

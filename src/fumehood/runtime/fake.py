@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import fumehood
@@ -88,6 +89,9 @@ class FakeHandle:
         except FileNotFoundError:
             return False  # the keeper has removed it: the sandbox has ended
 
+    def disk_used_bytes(self) -> int:
+        return sum(file.lstat().st_size for file in self.home.rglob("*"))
+
     async def limit(self, limits: Limits) -> None:
         """No limit is enforced here, and `protections` says so."""
 
@@ -114,6 +118,7 @@ class FakeRuntime:
     """Raises ProtectionUnavailable for a spec that requires anything."""
 
     tier = "fake"
+    late_limits = frozenset(f.name for f in fields(Limits))
 
     def __init__(self, config: Config) -> None:
         self._config = config

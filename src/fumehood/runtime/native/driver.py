@@ -25,6 +25,8 @@ from fumehood.runtime.native.mounts import OWN_DIRECTORIES
 from fumehood.runtime.native.uids import UidBlock
 from fumehood.runtime.native.zygotes import Zygote, readable, shown_in
 
+_BY_GROUPS = frozenset({"cpus", "cpu_weight", "memory_bytes", "swap_bytes", "pids", "io_read_bps", "io_write_bps"})
+
 
 class NativeHandle:
     """One live native sandbox. `_undo` gives back, in reverse, whatever start() took."""
@@ -51,6 +53,10 @@ class NativeHandle:
         """Whether the one tmpfs has no block or no inode left; asked of the file system, not of the guest."""
         room = os.fstatvfs(self._disk_fd)
         return room.f_bavail == 0 or room.f_favail == 0
+
+    def disk_used_bytes(self) -> int:
+        room = os.fstatvfs(self._disk_fd)
+        return (room.f_blocks - room.f_bfree) * room.f_frsize
 
     async def limit(self, limits: Limits) -> None:
         self._account.apply(limits)
@@ -86,6 +92,8 @@ class NativeRuntime:
         # `keep`: namespaces (CLONE_NEW* bits) that a zygote built from now on shares with the host and its sandboxes.
         self.switches: dict[str, Any] = {}
         self.protections = protections.probe(self._layout, rootless=self._rootless)
+        # Without cgroups the number of processes is an rlimit, which a live process keeps.
+        self.late_limits = _BY_GROUPS if accounting.has_groups(self._layout) else _BY_GROUPS - {"pids"}
 
     def capabilities(self) -> Capabilities:
         return Capabilities(self.tier, available=True, protections=self.protections)
