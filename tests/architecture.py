@@ -109,6 +109,7 @@ EXECUTORS = ("agent/python.py", "agent/rich.py", "agent/chart.py")
 LATE = ("agent/notebook.py", "agent/inline.py")
 
 LONGER: Mapping[str, str] = {
+    "scheduler.py": "not yet split: the pure assign() and the queue around it",
     "model.py": "one flat table of the nouns",
     "client/sandbox.py": "the same API twice, async and sync, method by method",
     "client/files.py": "the same API twice, async and sync, over one set of functions",

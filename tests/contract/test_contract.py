@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,7 @@ from fumehood import AsyncSandbox, Sandbox
 from fumehood.errors import FileFault, InvalidInput, InvalidTransition, NotFound, SandboxGone
 
 pytestmark = pytest.mark.rootless
+Where = dict[str, Any]  # keyword arguments that say where a sandbox runs
 
 
 def test_the_last_expression_is_the_text_and_state_is_kept(box: Sandbox) -> None:
@@ -65,8 +67,8 @@ def test_a_missing_program_is_a_typed_error(box: Sandbox) -> None:
         box.exec(["no-such-program-here"])
 
 
-def test_env_of_sandbox_and_of_run_reach_code_and_only_these(tier: str) -> None:
-    with Sandbox(tier=tier, env={"TOKEN": "sandbox"}) as box:
+def test_env_of_sandbox_and_of_run_reach_code_and_only_these(where: Where) -> None:
+    with Sandbox(**where, env={"TOKEN": "sandbox"}) as box:
         code = "import os; print(os.environ.get('TOKEN'), os.environ.get('CALL'), 'PYTHONPATH' in os.environ)"
         assert box.run(code, env={"CALL": "run"}).stdout == "sandbox run False\n"
         assert box.run(code).stdout == "sandbox None False\n"
@@ -98,19 +100,19 @@ def test_a_deadline_ends_a_program_that_ignores_signals(box: Sandbox) -> None:
     assert box.exec("echo alive").stdout == "alive\n"
 
 
-def test_a_longer_timeout_than_the_sandbox_allows_is_refused(tier: str) -> None:
-    with Sandbox(tier=tier, limits={"timeout_s": 2}) as box, pytest.raises(InvalidInput):
+def test_a_longer_timeout_than_the_sandbox_allows_is_refused(where: Where) -> None:
+    with Sandbox(**where, limits={"timeout_s": 2}) as box, pytest.raises(InvalidInput):
         box.run("1", timeout_s=3)
 
 
-def test_output_is_truncated_at_the_limit_and_marked(tier: str) -> None:
-    with Sandbox(tier=tier, limits={"output_bytes": 1000}) as box:
+def test_output_is_truncated_at_the_limit_and_marked(where: Where) -> None:
+    with Sandbox(**where, limits={"output_bytes": 1000}) as box:
         result = box.run("print('x' * 5000)")
         assert result.status == "ok" and result.stdout_truncated and len(result.stdout) == 1000
 
 
-def test_an_output_flood_is_ended_and_named(tier: str) -> None:
-    with Sandbox(tier=tier, limits={"output_kill_bytes": 1 << 20}) as box:
+def test_an_output_flood_is_ended_and_named(where: Where) -> None:
+    with Sandbox(**where, limits={"output_kill_bytes": 1 << 20}) as box:
         assert box.run("while True: print('y' * 1000)").status == "output_limit"
         assert box.exec("yes").status == "output_limit"
 
@@ -296,8 +298,8 @@ def test_threads_may_share_a_sandbox(box: Sandbox) -> None:
     assert sorted(map(str, found)) == ["0", "1", "4", "9"]
 
 
-async def test_async_sandboxes_run_at_once_and_cancel(tier: str) -> None:
-    async with AsyncSandbox(tier=tier) as a, AsyncSandbox(tier=tier) as b:
+async def test_async_sandboxes_run_at_once_and_cancel(where: Where) -> None:
+    async with AsyncSandbox(**where) as a, AsyncSandbox(**where) as b:
         results = await asyncio.gather(a.run("1"), b.run("2"))
         assert [r.text for r in results] == ["1", "2"]
         running = asyncio.create_task(a.run("import time; time.sleep(30)"))
@@ -308,28 +310,28 @@ async def test_async_sandboxes_run_at_once_and_cancel(tier: str) -> None:
         assert (await a.run("3")).text == "3"
 
 
-async def test_async_callbacks_may_be_coroutines(tier: str) -> None:
+async def test_async_callbacks_may_be_coroutines(where: Where) -> None:
     seen: list[str] = []
 
     async def note(text: str) -> None:
         await asyncio.sleep(0)
         seen.append(text)
 
-    async with AsyncSandbox(tier=tier) as box:
+    async with AsyncSandbox(**where) as box:
         await box.run("print('hello')", on_stdout=note)
     assert "".join(seen) == "hello\n"
 
 
-def test_closing_twice_is_harmless(tier: str) -> None:
-    box = Sandbox(tier=tier).open()
+def test_closing_twice_is_harmless(where: Where) -> None:
+    box = Sandbox(**where).open()
     box.close()
     box.close()
     with pytest.raises(InvalidTransition):
         box.run("1")
 
 
-def test_its_lifetime_ends_a_sandbox(tier: str) -> None:
-    with Sandbox(tier=tier, limits={"lifetime_s": 1, "timeout_s": 1}) as box:
+def test_its_lifetime_ends_a_sandbox(where: Where) -> None:
+    with Sandbox(**where, limits={"lifetime_s": 1, "timeout_s": 1}) as box:
         time.sleep(1.3)
         with pytest.raises(SandboxGone):
             box.run("1")

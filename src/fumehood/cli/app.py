@@ -8,7 +8,7 @@ from typing import Annotated, cast
 import typer
 
 from fumehood import __version__
-from fumehood.cli import demo, doctor, exits, mcp, run, shell
+from fumehood.cli import cp, demo, doctor, exec, exits, keys, logs, mcp, pool, run, sandboxes, serve, shell, top
 
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # of click, or of the copy that typer brings
 app = typer.Typer(
@@ -19,8 +19,24 @@ app = typer.Typer(
 app.command(name="run", epilog=run.EPILOG)(run.run)
 app.command(name="shell")(shell.shell)
 app.command(name="doctor")(doctor.doctor)
-app.command(name="mcp")(mcp.mcp)
 app.add_typer(demo.app, name="demo")
+app.command(name="mcp")(mcp.mcp)
+app.command(name="serve")(serve.serve)
+app.add_typer(keys.app, name="keys")
+for _name, _verb in {
+    "create": sandboxes.create,
+    "ps": sandboxes.ps,
+    "exec": exec.exec_,
+    "cp": cp.cp,
+    "logs": logs.logs,
+    "top": top.top,
+    "pause": sandboxes.pause,
+    "resume": sandboxes.resume,
+    "kill": sandboxes.kill,
+    "templates": pool.templates,
+    "pool": pool.pool,
+}.items():
+    app.command(name=_name, rich_help_panel="Sandboxes of a running server")(_verb)
 
 
 def _show_version(wanted: bool) -> None:

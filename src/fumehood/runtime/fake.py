@@ -90,7 +90,7 @@ class FakeHandle:
             return False  # the keeper has removed it: the sandbox has ended
 
     def disk_used_bytes(self) -> int:
-        return sum(file.lstat().st_size for file in self.home.rglob("*"))
+        return sum(file.lstat().st_size for file in Path(self.home).rglob("*"))
 
     async def limit(self, limits: Limits) -> None:
         """No limit is enforced here, and `protections` says so."""

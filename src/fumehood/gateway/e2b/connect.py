@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from fumehood.agent import wire
 from fumehood.errors import FumehoodError
@@ -109,6 +109,11 @@ def parse(payload: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise Fault("invalid_argument", "the message is not a JSON object")
     return wire.table(value)  # pyright: ignore[reportUnknownArgumentType]
+
+
+def tables(value: object) -> list[dict[str, Any]]:
+    """The objects of a JSON array, of which the guest chose the type and the members."""
+    return [wire.table(item) for item in cast("list[object]", value)] if isinstance(value, list) else []
 
 
 class Decoder:

@@ -12,17 +12,18 @@ from fumehood.agent import wire
 from fumehood.errors import FileFault, FumehoodError, NotFound
 
 from .call import Call
-from .connect import Fault, number, text
+from .connect import Fault, number, tables, text
 
 Message = dict[str, Any]
 _TYPES = {"file": "FILE_TYPE_FILE", "directory": "FILE_TYPE_DIRECTORY", "symlink": "FILE_TYPE_SYMLINK"}
 _LETTERS = {"directory": "d", "symlink": "L"}
 _MAX_DEPTH = 1_000
+MAX_LISTED = 20_000  # an answer is built as a whole, and each entry takes a KiB meanwhile
 
 
 def entry_info(entry: dict[str, Any]) -> Message:
     """E2B's EntryInfo from an Entry of docs/wire.md."""
-    kind, mode = str(entry.get("type")), _natural(entry.get("mode"))
+    kind, mode = str(entry.get("type")), _natural(entry.get("mode")) & 0o7777
     info: Message = {
         "name": entry.get("name"),
         "type": _TYPES.get(kind, "FILE_TYPE_UNSPECIFIED"),
@@ -69,8 +70,12 @@ async def list_dir(call: Call, message: Message) -> Message:
     try:
         async for frame in stream:
             event = call.link.checked_json(frame) if frame.kind == wire.EVENT else {}
-            entries += [entry_info(wire.table(entry)) for entry in event.get("entries", [])]
+            entries += [entry_info(entry) for entry in tables(event.get("entries"))]
+            if len(entries) > MAX_LISTED:
+                raise Fault("resource_exhausted", f"over {MAX_LISTED} entries: list a directory below, or less deep")
     finally:
+        if not call.link.lost:
+            await stream.cancel()
         stream.abandon()
     return {"entries": entries}
 

@@ -22,11 +22,11 @@ class Form:
         self._parts, self._ended = 0, False
         callbacks: dict[str, Any] = {
             "on_part_begin": self._begin,
-            "on_header_field": lambda data, start, end: self._field.extend(data[start:end]),
-            "on_header_value": lambda data, start, end: self._value.extend(data[start:end]),
+            "on_header_field": self._header_field,
+            "on_header_value": self._header_value,
             "on_header_end": self._header,
             "on_headers_finished": self._file,
-            "on_part_data": lambda data, start, end: self._said.append(("data", data[start:end])),
+            "on_part_data": self._data,
             "on_part_end": lambda: self._said.append(("end", b"")),
             "on_end": self._finished,
         }
@@ -52,6 +52,15 @@ class Form:
         self._parts, self._disposition = self._parts + 1, b""
         if self._parts > MAX_PARTS:
             raise Refusal(400, f"more than {MAX_PARTS} files in one request")
+
+    def _header_field(self, data: bytes, start: int, end: int) -> None:
+        self._field += data[start:end]
+
+    def _header_value(self, data: bytes, start: int, end: int) -> None:
+        self._value += data[start:end]
+
+    def _data(self, data: bytes, start: int, end: int) -> None:
+        self._said.append(("data", data[start:end]))
 
     def _header(self) -> None:
         if bytes(self._field).lower() == b"content-disposition":

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from fumehood.agent import wire
@@ -19,7 +19,7 @@ from fumehood.model import CodeRequest, Result
 
 from .answers import BrokenOff, Refusal, body, gone, json_answer, pour, status_of
 from .call import Call
-from .connect import Fault, parse, text
+from .connect import Fault, parse, tables, text
 from .mime import result_line
 
 KEEPALIVE_S = 5.0  # how long a peer that vanished without a word can go unnoticed
@@ -34,12 +34,12 @@ async def serve(call: Call, scope: Scope, receive: Receive, send: Send) -> None:
     try:
         answer = await _answer(call, scope, receive, send)
     except (Fault, InvalidInput) as e:
-        answer = PlainTextResponse(e.message, 400)
+        answer = _plain(e.message, 400)
     except Refusal as e:
-        answer = PlainTextResponse(e.message, e.status)
+        answer = _plain(e.message, e.status)
     except FumehoodError as e:
         ended = call.lease.ended.is_set() or e.code == "sandbox_gone"
-        answer = gone(call.lease.id) if ended else PlainTextResponse(str(e), status_of(e))
+        answer = gone(call.lease.id) if ended else _plain(str(e), status_of(e))
     if answer is not None:
         await answer(scope, receive, send)
 
@@ -54,7 +54,7 @@ async def _answer(call: Call, scope: Scope, receive: Receive, send: Send) -> Res
             await pour(scope, receive, send, "application/x-ndjson", lines(call, request), call.lease.ended)
             return None
         case "GET", ["contexts"]:
-            return json_answer((await call.link.call("context.list")).get("contexts", []))
+            return json_answer(await _contexts(call))
         case "POST", ["contexts"]:
             return await _create(call, await _json(call))
         case "DELETE", ["contexts", context]:
@@ -64,7 +64,11 @@ async def _answer(call: Call, scope: Scope, receive: Receive, send: Send) -> Res
             await call.link.call("context.restart", id=context)
             return json_answer({})
         case _:
-            return PlainTextResponse("no such path", 404)
+            return _plain("no such path", 404)
+
+
+def _plain(message: str, status: int) -> Response:
+    return Response(message.encode("utf-8", "replace"), status, media_type="text/plain")
 
 
 async def _json(call: Call) -> dict[str, Any]:
@@ -90,9 +94,12 @@ def _code(message: dict[str, Any]) -> CodeRequest:
 async def _known_context(call: Call, request: CodeRequest) -> None:
     """Before the stream, for after its 200 there is no 404 any more."""
     if request.context:
-        known = [wire.table(c).get("id") for c in (await call.link.call("context.list")).get("contexts", [])]
-        if request.context not in known:
+        if request.context not in [context.get("id") for context in await _contexts(call)]:
             raise NotFound(f"Context {request.context[:64]} not found")
+
+
+async def _contexts(call: Call) -> list[dict[str, Any]]:
+    return tables((await call.link.call("context.list")).get("contexts"))
 
 
 async def _create(call: Call, message: dict[str, Any]) -> Response:
@@ -100,7 +107,7 @@ async def _create(call: Call, message: dict[str, Any]) -> Response:
     try:
         return json_answer(await call.link.call("context.create", language=_language(message), cwd=cwd))
     except InvalidInput as e:
-        return PlainTextResponse(e.message, 500)  # what E2B answers for a cwd that is not there
+        return _plain(e.message, 500)  # what E2B answers for a cwd that is not there
 
 
 async def lines(call: Call, request: CodeRequest) -> AsyncGenerator[bytes, None]:

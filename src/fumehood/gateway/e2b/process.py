@@ -8,14 +8,14 @@ import binascii
 import contextlib
 import signal
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 from fumehood.agent import wire
 from fumehood.errors import FumehoodError, InvalidInput
 from fumehood.runtime.link import Stream
 
 from .call import Call
-from .connect import Fault, deadline_s, flag, number, text
+from .connect import Fault, deadline_s, flag, number, tables, text
 
 Message = dict[str, Any]
 _CHANNELS = {wire.STDOUT: "stdout", wire.STDERR: "stderr", wire.TERMINAL: "pty"}
@@ -30,8 +30,9 @@ async def start(call: Call, message: Message) -> AsyncGenerator[Message, None]:
     until = _until(call)
     try:
         stream = await call.link.open("exec.start", **arguments)
-        async for event in _follow(call, stream, until, kill=True):
-            yield event
+        async with contextlib.aclosing(_follow(call, stream, until, kill=True)) as events:
+            async for event in events:
+                yield event
     except InvalidInput as e:
         if e.message.startswith("cwd "):  # E2B's words for it
             raise Fault("invalid_argument", f"cwd '{arguments['cwd']}' does not exist") from None
@@ -41,13 +42,13 @@ async def start(call: Call, message: Message) -> AsyncGenerator[Message, None]:
 async def connect(call: Call, message: Message) -> AsyncGenerator[Message, None]:
     until = _until(call)
     stream = await call.link.open("exec.attach", pid=await _pid(call, message))
-    async for event in _follow(call, stream, until, kill=False):
-        yield event
+    async with contextlib.aclosing(_follow(call, stream, until, kill=False)) as events:
+        async for event in events:
+            yield event
 
 
 async def listing(call: Call, message: Message) -> Message:
-    rows = [wire.table(row) for row in (await call.link.call("exec.list")).get("processes", [])]
-    return {"processes": [_described(row) for row in rows]}
+    return {"processes": [_described(row) for row in await _rows(call)]}
 
 
 async def send_input(call: Call, message: Message) -> Message:
@@ -96,8 +97,8 @@ async def update(call: Call, message: Message) -> Message:
 
 def _start_arguments(message: Message) -> dict[str, Any]:
     config = wire.table(message.get("process"))
-    args, envs = config.get("args") or [], wire.table(config.get("envs"))
-    if not isinstance(args, list) or len(args) > _MAX_ARGUMENTS or any(not isinstance(a, str) for a in args):  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+    args: Any = config.get("args") or []
+    if not isinstance(args, list) or len(cast("list[Any]", args)) > _MAX_ARGUMENTS or not all(map(_is_text, args)):
         raise Fault("invalid_argument", f"'args' must be at most {_MAX_ARGUMENTS} texts")
     command = text(config, "cmd")
     if not command:
@@ -105,12 +106,16 @@ def _start_arguments(message: Message) -> dict[str, Any]:
     size = _size(message)
     return {
         "argv": [command, *args],
-        "env": envs,
+        "env": wire.table(config.get("envs")),
         "cwd": text(config, "cwd", ""),
         "stdin": flag(message, "stdin", True),  # before there was this member, every process had one
         **({"pty": size} if size else {}),
         **({"tag": text(message, "tag")} if message.get("tag") else {}),
     }
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
 
 
 def _size(message: Message) -> dict[str, int] | None:
@@ -131,16 +136,20 @@ async def _pid(call: Call, message: Message) -> int:
     if "tag" not in selector:
         return number(selector, "pid")
     tag = text(selector, "tag")
-    rows = [wire.table(row) for row in (await call.link.call("exec.list")).get("processes", [])]
-    for row in rows:
+    for row in await _rows(call):
         if row.get("tag") == tag:
             return number(row, "pid")
     raise Fault("not_found", f"no process has the tag {tag[:64]!r}")
 
 
+async def _rows(call: Call) -> list[Message]:
+    return tables((await call.link.call("exec.list")).get("processes"))
+
+
 def _described(row: Mapping[str, Any]) -> Message:
-    argv = [str(word) for word in row.get("argv") or [""]]
-    config = {"cmd": argv[0], "args": argv[1:], "envs": {}, "cwd": row.get("cwd")}
+    argv: Any = row.get("argv")
+    words = [str(word) for word in cast("list[Any]", argv)] if isinstance(argv, list) and argv else [""]
+    config: Message = {"cmd": words[0], "args": words[1:], "envs": {}, "cwd": row.get("cwd")}
     tag = {"tag": row["tag"]} if row.get("tag") else {}
     return {"config": config, "pid": row.get("pid"), **tag}
 
@@ -214,7 +223,7 @@ def _ping_s(call: Call) -> float:
 def ending(end: Mapping[str, Any]) -> Message:
     """The `end` event, in the words of Go's os/exec, which E2B's clients show to people."""
     number_, code = end.get("signal"), end.get("exit_code")
-    if isinstance(number_, int):
+    if isinstance(number_, int) and number_ in signal.valid_signals():
         status = f"signal: {(signal.strsignal(number_) or str(number_)).lower()}"
         return {"exitCode": -1, "exited": False, "status": status, "error": status}
     code = code if isinstance(code, int) else -1

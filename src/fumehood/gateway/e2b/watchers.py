@@ -17,8 +17,8 @@ from .connect import Fault, flag, text
 from .filesystem import entry_or_none, stat_path
 
 Message = dict[str, Any]
-MAX_WATCHERS = 64  # for each sandbox
-MAX_EVENTS = 10_000  # kept for a client that does not come to fetch them; then the oldest go
+MAX_WATCHERS = 16  # for each sandbox
+MAX_EVENTS = 1_000  # kept for a client that does not come to fetch them; then the oldest go
 _PING_S = 30.0
 _TYPES = {c: f"EVENT_TYPE_{c.upper()}" for c in ("create", "write", "remove", "rename", "chmod")}
 

@@ -1,0 +1,5 @@
+"""`fumehood serve`."""
+
+
+def serve() -> None:
+    """Serve."""
