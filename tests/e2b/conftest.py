@@ -13,10 +13,10 @@ import pytest
 import uvicorn
 from e2b_code_interpreter import Sandbox
 from e2b_server import Server, authenticate, beyond
+from fumehood.service import Service
 
 from fumehood.config import Config
 from fumehood.gateway import e2b
-from fumehood.service import Service
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,12 @@ import asyncio
 from dataclasses import dataclass
 from typing import Any
 
+from fumehood.service import Service
 from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
 from fumehood.errors import Unauthenticated
 from fumehood.records import Caller
-from fumehood.service import Service
 
 KEYS = {
     "e2b_0a": Caller("alpha", "k1", frozenset({"sandboxes"})),

@@ -10,9 +10,10 @@ from typing import Any
 
 import httpx
 import pytest
-from e2b import AuthenticationException, NotFoundException, SandboxException, SandboxNotFoundException
 from e2b_code_interpreter import Sandbox
 from e2b_server import Server
+
+from e2b import AuthenticationException, NotFoundException, SandboxException, SandboxNotFoundException
 
 Make = Callable[..., Sandbox]
 

@@ -8,6 +8,9 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from e2b_code_interpreter import AsyncSandbox
+from e2b_server import Server
+
 from e2b import (
     AsyncWatchHandle,
     CommandExitException,
@@ -19,8 +22,6 @@ from e2b import (
     SandboxState,
     TimeoutException,
 )
-from e2b_code_interpreter import AsyncSandbox
-from e2b_server import Server
 
 
 @pytest.fixture

@@ -8,6 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from e2b_code_interpreter import Sandbox
+from e2b_server import Server
+
 from e2b import (
     CommandExitException,
     FilesystemEventType,
@@ -19,8 +22,6 @@ from e2b import (
     SandboxState,
     TimeoutException,
 )
-from e2b_code_interpreter import Sandbox
-from e2b_server import Server
 
 Make = Callable[..., Sandbox]
 

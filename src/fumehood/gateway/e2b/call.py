@@ -8,12 +8,12 @@ import hashlib
 import hmac
 from dataclasses import dataclass
 
+from fumehood.lease import Lease
+from fumehood.service import Service
 from starlette.requests import Request
 
-from fumehood.lease import Lease
 from fumehood.records import Caller
 from fumehood.runtime.link import Link
-from fumehood.service import Service
 
 from .connect import Fault
 

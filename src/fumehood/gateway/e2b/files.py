@@ -10,6 +10,7 @@ import zlib
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
+from fumehood.lease import Lease
 from python_multipart.multipart import parse_options_header
 from starlette.requests import Request
 from starlette.responses import Response
@@ -17,7 +18,6 @@ from starlette.types import Receive, Scope, Send
 
 from fumehood.agent import wire
 from fumehood.errors import FileFault, FumehoodError, InvalidInput
-from fumehood.lease import Lease
 from fumehood.runtime.link import Link
 
 from .answers import BrokenOff, Refusal, TooLarge, gone, json_answer, pour, refusal_of, refused

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from fumehood.lease import Lease
+from fumehood.service import Service
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from fumehood.errors import FumehoodError
-from fumehood.lease import Lease
-from fumehood.service import Service
 
 from . import files, interpreter
 from .answers import Refusal, gone, refused
