@@ -12,8 +12,8 @@ Within a tenant: turn = arrival - priority * AGEING_S, earliest first. Every AGE
 priority, so nothing that comes 20 * AGEING_S later can pass, whatever its priority; equal priority is first come, first served.
 
 A large ask that does not fit is passed by smaller ones at first. After RESERVE_AFTER_S nothing of its own tenant passes
-it, and the first such ask in fair order reserves what is freed, if other tenants are in its way: others then take only what it does
-not need. One reservation at a time is enough, for what is reserved is next.
+it, and the first such ask in fair order reserves what is freed, if other tenants are in its way: others then take only
+what it does not need. One reservation at a time is enough, for what is reserved is next.
 """
 
 from __future__ import annotations

@@ -93,9 +93,8 @@ def _code(message: dict[str, Any]) -> CodeRequest:
 
 async def _known_context(call: Call, request: CodeRequest) -> None:
     """Before the stream, for after its 200 there is no 404 any more."""
-    if request.context:
-        if request.context not in [context.get("id") for context in await _contexts(call)]:
-            raise NotFound(f"Context {request.context[:64]} not found")
+    if request.context and request.context not in [context.get("id") for context in await _contexts(call)]:
+        raise NotFound(f"Context {request.context[:64]} not found")
 
 
 async def _contexts(call: Call) -> list[dict[str, Any]]:
