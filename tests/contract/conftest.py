@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from http_server import serving
 
 from fumehood import Sandbox
+from http_server import serving
 
 
 @pytest.fixture(scope="session")

@@ -35,7 +35,7 @@ async def test_code_keeps_state_streams_and_fails_as_it_does_in_a_notebook(box: 
     lines: list[str] = []
     await box.run_code("kept = 20")
     run = await box.run_code("print('said')\nkept * 2", on_stdout=lambda m: lines.append(m.line))
-    assert (run.text, lines) == ("40", ["said\n"])
+    assert (run.text, "".join(lines)) == ("40", "said\n")
     failed = await box.run_code("kept.nothing")
     assert failed.error is not None and failed.error.name == "AttributeError"
     assert (await box.run_code("import os\nos.environ['ONE']", envs={"ONE": "1"})).text == "1"

@@ -97,9 +97,7 @@ async def update(call: Call, message: Message) -> Message:
 
 def _start_arguments(message: Message) -> dict[str, Any]:
     config = wire.table(message.get("process"))
-    args: Any = config.get("args") or []
-    if not isinstance(args, list) or len(cast("list[Any]", args)) > _MAX_ARGUMENTS or not all(map(_is_text, args)):
-        raise Fault("invalid_argument", f"'args' must be at most {_MAX_ARGUMENTS} texts")
+    args = _words(config.get("args") or [])
     command = text(config, "cmd")
     if not command:
         raise Fault("invalid_argument", "'cmd' must not be empty")
@@ -114,8 +112,12 @@ def _start_arguments(message: Message) -> dict[str, Any]:
     }
 
 
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
+def _words(value: object) -> list[str]:
+    words = cast("list[object]", value) if isinstance(value, list) else [None]
+    texts = [word for word in words if isinstance(word, str)]
+    if len(texts) != len(words) or len(texts) > _MAX_ARGUMENTS:
+        raise Fault("invalid_argument", f"'args' must be at most {_MAX_ARGUMENTS} texts")
+    return texts
 
 
 def _size(message: Message) -> dict[str, int] | None:
