@@ -50,7 +50,7 @@ def test_an_address_that_names_no_server_is_refused(url: str) -> None:
         Sandbox(url=url)
 
 
-@pytest.mark.parametrize("key", ["a\r\nX-Other: b", "a b", "é", "a\0"])
+@pytest.mark.parametrize("key", ["a\r\nX-Other: b", "k 7", "é", "a\0"])
 def test_a_key_can_not_smuggle_headers_and_is_never_shown(key: str) -> None:
     with pytest.raises(InvalidInput, match="api_key") as raised:
         Sandbox(url="http://127.0.0.1:1", api_key=key)
