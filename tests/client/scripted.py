@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import struct
@@ -58,6 +59,7 @@ class Scripted:
     def __enter__(self) -> Scripted:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self._connections: list[socket.socket] = []
         self._threads = [threading.Thread(target=self._accept)]
         self._threads[0].start()
         return self
@@ -65,6 +67,9 @@ class Scripted:
     def __exit__(self, *_: object) -> None:
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
+        for connection in self._connections:  # what the client keeps open
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
         for thread in self._threads:
             thread.join(10)
 
@@ -79,7 +84,8 @@ class Scripted:
                 connection, _ = self._listener.accept()
             except OSError:
                 return
-            self._threads.append(threading.Thread(target=self._talk, args=(connection,), daemon=True))
+            self._connections.append(connection)
+            self._threads.append(threading.Thread(target=self._talk, args=(connection,)))
             self._threads[-1].start()
 
     def _talk(self, connection: socket.socket) -> None:

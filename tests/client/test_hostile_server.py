@@ -90,10 +90,9 @@ def test_what_is_not_idempotent_is_never_asked_twice() -> None:
 
 
 def test_an_answer_that_breaks_off_is_no_result_and_not_asked_again() -> None:
-    with Scripted(lambda _: head(200, "content-length: 999") + GOOD[:50] * 0 + b"{") as server, Sandbox(url=server.url) as box:
-        server.on_request = lambda _: head(200, "transfer-encoding: chunked") + b'5\r\n{"st'
-        with pytest.raises(ServerUnreachable):
-            box.run("1")
+    half = head(200, "transfer-encoding: chunked") + b'5\r\n{"sta\r\n'
+    with Scripted(lambda _: half) as server, Sandbox(url=server.url) as box, pytest.raises(ServerUnreachable):
+        box.run("1")
     assert len(server.later) == 1
 
 
@@ -107,9 +106,9 @@ def test_a_stream_that_ends_before_the_run_is_no_result() -> None:
 
 def test_an_endless_answer_is_cut_off() -> None:
     endless = head(200, "transfer-encoding: chunked") + (b"400000\r\n" + b"x" * (4 << 20) + b"\r\n") * 17
-    with Scripted(lambda _: endless) as server, Sandbox(url=server.url) as box:
-        with pytest.raises(ServerUnreachable, match="more than 67108864 bytes"):
-            box.stats()
+    refused = pytest.raises(ServerUnreachable, match="more than 67108864 bytes")
+    with Scripted(lambda _: endless) as server, Sandbox(url=server.url) as box, refused:
+        box.stats()
 
 
 @pytest.mark.parametrize(
@@ -133,20 +132,26 @@ def test_what_does_not_speak_as_fumehood_is_called_so(said: bytes) -> None:
     assert raised.value.cause
 
 
-def test_a_redirect_does_not_carry_the_key_elsewhere() -> None:
-    with Scripted() as other, Scripted(lambda _: head(307, f"location: {other.url}/", "content-length: 0")) as server:
-        with Sandbox(url=server.url, api_key="k1") as box:
-            for work in (lambda: box.run("1"), lambda: box.stats(), lambda: box.start(["true"])):
-                with pytest.raises(ServerUnreachable):
-                    work()
+@pytest.mark.parametrize("scheme", ["http", "ws"])
+def test_a_redirect_does_not_carry_the_key_elsewhere(scheme: str) -> None:
+    with (
+        Scripted() as other,
+        Scripted(lambda _: head(307, f"location: {scheme}{other.url.removeprefix('http')}/", "content-length: 0")) as server,
+        Sandbox(url=server.url, api_key="k1") as box,
+    ):
+        for work in (lambda: box.run("1"), lambda: box.stats(), lambda: box.start(["true"])):
+            with pytest.raises(ServerUnreachable):
+                work()
     assert server.asked[0].headers["authorization"] == "Bearer k1" and other.asked == []
 
 
 def test_a_problem_is_the_error_that_an_embedded_sandbox_would_raise_with_all_it_says() -> None:
     said = {"code": "file_error", "message": "m", "cause": "c", "remediation": "r", "details": {"errno": "ENOSPC", "self": 1}}
-    with Scripted(lambda _: answer({**said, "request_id": "q1"}, 409)) as server, Sandbox(url=server.url) as box:
+    with Scripted(lambda _: answer({**said, "request_id": "q1"}, 409)) as server:
+        box = Sandbox(url=server.url).open()
         with pytest.raises(FileFault) as raised:
             box.files.mkdir("x")
+        box.close()
     error = raised.value
     assert (error.message, error.cause, error.remediation) == ("m", "c", "r")
     assert error.details == {"errno": "ENOSPC", "self": 1, "request_id": "q1"}
@@ -165,9 +170,9 @@ def test_a_problem_in_the_stream_is_raised_and_an_unknown_code_is_kept() -> None
 
 def test_a_server_that_no_longer_keeps_deadlines_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "_MARGIN_S", 0.2)
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        with pytest.raises(ServerUnreachable, match=r"said nothing for 0\.2 s"):
-            Sandbox(url=f"http://127.0.0.1:{silent.getsockname()[1]}").open()
+    given_up = pytest.raises(ServerUnreachable, match=r"said nothing for 0\.2 s")
+    with socket.create_server(("127.0.0.1", 0)) as silent, given_up:
+        Sandbox(url=f"http://127.0.0.1:{silent.getsockname()[1]}").open()
 
 
 def test_a_policy_is_read_here_and_means_the_same_there(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from urllib.parse import quote, urlencode
 
 import httpcore
 from websockets.asyncio.client import ClientConnection, connect, unix_connect
-from websockets.exceptions import InvalidHandshake, InvalidStatus
+from websockets.exceptions import InvalidStatus, WebSocketException
 
 from fumehood.agent import wire
 from fumehood.client import answers
@@ -177,7 +177,7 @@ class Server:
             return await connect(uri, proxy=None, ssl=self._tls, host=here.host, port=here.port, **options)
         except InvalidStatus as e:
             raise answers.problem(self.url, e.response.status_code, bytes(e.response.body)) from None
-        except (InvalidHandshake, OSError, ValueError) as e:  # TimeoutError is an OSError
+        except (WebSocketException, OSError, ValueError) as e:  # TimeoutError is an OSError
             raise answers.unreachable(self.url, str(e) or f"no socket within {CONNECT_S:g} s") from None
 
     def _target(self, path: str, query: Mapping[str, Any] | None) -> bytes:
