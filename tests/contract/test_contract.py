@@ -337,6 +337,19 @@ def test_its_lifetime_ends_a_sandbox(where: Where) -> None:
             box.run("1")
 
 
+def test_extend_moves_the_end_both_ways_and_metadata_is_kept(where: Where) -> None:
+    with Sandbox(**where, limits={"lifetime_s": 1, "timeout_s": 1}, metadata={"job": "7"}) as box:
+        box.extend(600)
+        time.sleep(1.2)
+        assert box.run("1").text == "1" and box.metadata == {"job": "7"}
+        with pytest.raises(InvalidInput):
+            box.extend(float("inf"))
+        box.extend(0.2)
+        time.sleep(0.6)
+        with pytest.raises(SandboxGone):
+            box.run("1")
+
+
 def test_a_list_too_long_to_parse_cheaply_is_left_out_as_data_and_the_sandbox_lives(box: Sandbox) -> None:
     result = box.run("list(range(1_000_000))")
     assert result.status == "ok" and "application/json" not in result.results[-1].data
