@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scripted import Answer, Asked, Scripted, answer, head
+from scripted import SANDBOX, Answer, Asked, Scripted, answer, head
 
 from fumehood import Sandbox
 from fumehood.client import remote
@@ -222,6 +222,13 @@ def test_an_id_stays_one_part_of_the_path_h14(name: str) -> None:
     assert path.startswith("/v1/sandboxes/s0123456789abcdef/contexts/") and path.count("/") == 6 and ".." not in path
     with pytest.raises(InvalidInput):
         Sandbox.connect("../" + name, url=server.url)
+
+
+@pytest.mark.parametrize("page", [{"sandboxes": [], "next": "s9"}, {"sandboxes": [SANDBOX] * 60, "next": "s9"}])
+def test_a_list_whose_pages_never_end_ends_at_the_limit(page: dict[str, Any]) -> None:
+    with Scripted(lambda _: answer(page)) as server:
+        assert len(Sandbox.list(url=server.url, limit=100)) in (0, 100)
+    assert len(server.later) <= 2
 
 
 async def test_events_are_the_same_however_the_bytes_are_cut() -> None:

@@ -28,7 +28,6 @@ _DAY_S = 86_400.0  # the longest timeout_s that there is
 # a server that no longer does.
 _MARGIN_S = 120.0
 _ALIVE_S = 60.0  # a server that streams says something every 15 s
-_PAGE = 100
 _STATS, _PROTECTIONS, _RECORD = TypeAdapter(Stats), TypeAdapter(tuple[Protection, ...]), TypeAdapter(SandboxRecord)
 
 
@@ -68,16 +67,8 @@ async def _remote(server: Server, shown: dict[str, Any], *, is_mine: bool) -> Re
 
 async def sandboxes(engine: Engine, address: Address, state: str | None, limit: int) -> list[SandboxRecord]:
     server = engine.shared(address, lambda: Server(address))
-    found: list[SandboxRecord] = []
-    after: str | None = None
-    while len(found) < limit:
-        query = {"state": state, "after": after, "limit": min(_PAGE, limit - len(found))}
-        page = await server.json("GET", "/v1/sandboxes", query=query)
-        records = [answers.typed(server.url, _RECORD, shown) for shown in page.get("sandboxes") or ()]
-        found, after = found + records, page.get("next")
-        if not records or after is None:
-            break
-    return found[:limit]
+    shown = await server.pages("/v1/sandboxes", "sandboxes", limit, {"state": state})
+    return [answers.typed(server.url, _RECORD, record) for record in shown]
 
 
 class Remote:

@@ -25,6 +25,7 @@ from fumehood.client.address import Address
 from fumehood.errors import InvalidInput
 
 CONNECT_S, ANSWER_S = 10.0, 60.0
+_PAGE = 100
 _KEEP_S = 4.0  # less than uvicorn's 5, so that a kept connection is rarely closed under a request
 _BROKEN = (httpcore.RemoteProtocolError, httpcore.ReadError, httpcore.WriteError)
 _FAILED = (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException)
@@ -75,6 +76,18 @@ class Server:
     async def json(self, method: str, path: str, **request: Any) -> dict[str, Any]:
         data = await self.ask(method, path, **request)
         return answers.parsed(self.url, data) if data else {}
+
+    async def pages(self, path: str, field: str, limit: int, query: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """At most `limit` items of a list that comes in pages. A page without items is the last, whatever it says."""
+        found: list[dict[str, Any]] = []
+        after: str | None = ""
+        while len(found) < limit and after is not None:
+            wanted = {**query, "limit": min(_PAGE, limit - len(found)), "after": after or None}
+            page = await self.json("GET", path, query=wanted)
+            items: list[dict[str, Any]] = page.get(field) or []
+            found += items
+            after = page.get("next") if items else None
+        return found[:limit]
 
     async def put(self, path: str, query: Mapping[str, Any], data: AsyncIterable[bytes]) -> dict[str, Any]:
         """A body that is sent as it comes. An error of `data` or a cancellation leaves it unfinished, so it does not count."""
