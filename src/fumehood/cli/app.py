@@ -8,7 +8,7 @@ from typing import Annotated, cast
 import typer
 
 from fumehood import __version__
-from fumehood.cli import cp, demo, doctor, exec, exits, keys, logs, mcp, pool, run, sandboxes, serve, shell, top
+from fumehood.cli import cp, demo, doctor, exec, exits, keys, logs, mcp, pool, run, sandboxes, shell, top
 
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # of click, or of the copy that typer brings
 app = typer.Typer(
@@ -21,7 +21,6 @@ app.command(name="shell")(shell.shell)
 app.command(name="doctor")(doctor.doctor)
 app.add_typer(demo.app, name="demo")
 app.command(name="mcp")(mcp.mcp)
-app.command(name="serve")(serve.serve)
 app.add_typer(keys.app, name="keys")
 for _name, _verb in {
     "create": sandboxes.create,

@@ -1,5 +1,0 @@
-"""`fumehood serve`."""
-
-
-def serve() -> None:
-    """Serve."""
