@@ -25,29 +25,37 @@ def say(text: str) -> None:
     print(f"{datetime.datetime.now():%H:%M:%S} {text}", file=sys.stderr, flush=True)
 
 
-def main(argv: list[str] | None = None) -> int:
-    options = _options(argv)
+def opened(force: bool) -> dict[str, Any] | None:
+    """The head of a report: when, and on what machine. None, and the reason printed, when that is too busy without `force`."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that sandboxes and scratch go too
     facts = machine.facts()
     busy = machine.busy_share()
     contended = machine.too_busy(facts["load_1m"], busy, facts["cpus"])
-    if contended and not options.force:
+    if contended and not force:
         print(f"not measured: {contended}. Wait, or --force to publish figures marked as contended.", file=sys.stderr)
-        return 3
-    started = datetime.datetime.now(datetime.UTC)
-    report: dict[str, Any] = {
-        "date": f"{started:%Y-%m-%d %H:%M} UTC",
-        "machine": facts | {"busy_share": busy},
-        "contended": contended,
-        "quick": options.quick,
-    }
-    report |= _measure(set(options.only), options.quick)
-    report["load_1m_at_end"] = machine.facts()["load_1m"]
-    report["targets"] = verdicts(report)
-    data = options.out / f"{started:%Y-%m-%d}-{platform.node() or 'unnamed'}.json"
+        return None
+    date = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC"
+    return {"date": date, "machine": facts | {"busy_share": busy}, "contended": contended}
+
+
+def keep(report: dict[str, Any], out: Path, suffix: str = "") -> Path:
+    """Where the report now is, as JSON."""
+    data = out / f"{report['date'].split()[0]}-{platform.node() or 'unnamed'}{suffix}.json"
     data.parent.mkdir(parents=True, exist_ok=True)
     data.write_text(json.dumps(report, indent=1) + "\n")
     say(f"wrote {data}")
+    return data
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = _options(argv)
+    if (report := opened(options.force)) is None:
+        return 3
+    report["quick"] = options.quick
+    report |= _measure(set(options.only), options.quick)
+    report["load_1m_at_end"] = machine.facts()["load_1m"]
+    report["targets"] = verdicts(report)
+    data = keep(report, options.out)
     if not options.quick and not options.only:  # a part of the table, or few samples, are no figures to publish
         page.write(report, data, ROOT / "docs/benchmarks.md")
         say("wrote docs/benchmarks.md")

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import platform
-import signal
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import machine
-from bench.__main__ import ROOT, say
+from bench.__main__ import ROOT, keep, opened, say
 from bench.load import bursts, latency, mixed, page, peer
 from bench.load.server import Server, broken
 from bench.load.targets import verdicts
@@ -25,26 +20,13 @@ PARTS = (*QUIET, "peer", *BUSY)
 
 def main(argv: list[str] | None = None) -> int:
     options = _options(argv)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that servers and scratch go too
-    facts = machine.facts()
-    contended = machine.too_busy(facts["load_1m"], busy := machine.busy_share(), facts["cpus"])
-    if contended and not options.force:
-        print(f"not measured: {contended}. Wait, or --force to publish figures marked as contended.", file=sys.stderr)
+    if (report := opened(options.force)) is None:
         return 3
-    started = datetime.datetime.now(datetime.UTC)
-    report: dict[str, Any] = {
-        "date": f"{started:%Y-%m-%d %H:%M} UTC",
-        "machine": facts | {"busy_share": busy},
-        "contended": contended,
-        "seconds": options.seconds,
-    }
+    report["seconds"] = options.seconds
     with tempfile.TemporaryDirectory(prefix="fumehood-load-") as work:
         report |= _measure(Path(work), options)
     report["targets"] = verdicts(report)
-    data = options.out / f"{started:%Y-%m-%d}-{platform.node() or 'unnamed'}-load.json"
-    data.parent.mkdir(parents=True, exist_ok=True)
-    data.write_text(json.dumps(report, indent=1) + "\n")
-    say(f"wrote {data}")
+    data = keep(report, options.out, "-load")
     if not options.only:  # a part of the table is no table
         page.write(report, data, ROOT / "docs/benchmarks.md")
         say("wrote docs/benchmarks.md")
