@@ -21,7 +21,7 @@ from fumehood.errors import FileFault, FumehoodError, InvalidInput
 from fumehood.runtime.link import Link
 
 from .answers import BrokenOff, Refusal, TooLarge, gone, json_answer, pour, refusal_of, refused
-from .call import Call, check_user, same
+from .call import Call, check_user, leave, same
 from .connect import Fault
 from .form import Form
 
@@ -108,9 +108,7 @@ async def _download(call: Call, scope: Scope, receive: Receive, send: Send) -> R
         await pour(scope, receive, send, "application/octet-stream", rest(), call.lease.ended)
         return None
     finally:
-        if not call.link.lost:
-            await stream.cancel()
-        stream.abandon()
+        await leave(stream)
 
 
 class _Writing:

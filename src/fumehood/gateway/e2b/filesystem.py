@@ -11,7 +11,7 @@ from typing import Any
 from fumehood.agent import wire
 from fumehood.errors import FileFault, FumehoodError, NotFound
 
-from .call import Call
+from .call import Call, leave
 from .connect import Fault, number, tables, text
 
 Message = dict[str, Any]
@@ -56,7 +56,11 @@ def _time(seconds: object) -> str:
 
 async def stat_path(call: Call, path: str) -> dict[str, Any]:
     """The Entry of `path`. Raises NotFound."""
-    return wire.table((await call.link.call("files.stat", path=path)).get("entry"))
+    return await _entry(call, "files.stat", path=path)
+
+
+async def _entry(call: Call, verb: str, **arguments: str) -> dict[str, Any]:
+    return wire.table((await call.link.call(verb, **arguments)).get("entry"))
 
 
 async def stat_entry(call: Call, message: Message) -> Message:
@@ -74,16 +78,14 @@ async def list_dir(call: Call, message: Message) -> Message:
             if len(entries) > MAX_LISTED:
                 raise Fault("resource_exhausted", f"over {MAX_LISTED} entries: list a directory below, or less deep")
     finally:
-        if not call.link.lost:
-            await stream.cancel()
-        stream.abandon()
+        await leave(stream)
     return {"entries": entries}
 
 
 async def make_dir(call: Call, message: Message) -> Message:
     path = text(message, "path")
     try:
-        return {"entry": entry_info(wire.table((await call.link.call("files.mkdir", path=path)).get("entry")))}
+        return {"entry": entry_info(await _entry(call, "files.mkdir", path=path))}
     except FileFault as e:
         if e.details.get("errno") not in ("EEXIST", "ENOTDIR"):
             raise
@@ -94,7 +96,7 @@ async def make_dir(call: Call, message: Message) -> Message:
 
 async def move(call: Call, message: Message) -> Message:
     ends = {"source": text(message, "source"), "destination": text(message, "destination")}
-    return {"entry": entry_info(wire.table((await call.link.call("files.move", **ends)).get("entry")))}
+    return {"entry": entry_info(await _entry(call, "files.move", **ends))}
 
 
 async def remove(call: Call, message: Message) -> Message:

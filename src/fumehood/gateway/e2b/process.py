@@ -14,7 +14,7 @@ from fumehood.agent import wire
 from fumehood.errors import FumehoodError, InvalidInput
 from fumehood.runtime.link import Stream
 
-from .call import Call
+from .call import Call, leave
 from .connect import Fault, deadline_s, flag, number, tables, text
 
 Message = dict[str, Any]
@@ -200,7 +200,7 @@ async def _follow(call: Call, stream: Stream, until: float | None, *, kill: bool
                 encoded = base64.b64encode(frame.payload[1:]).decode()
                 yield {"event": {"data": {_CHANNELS[frame.payload[0]]: encoded}}}
     finally:
-        await _leave(stream)
+        await leave(stream)
 
 
 async def _kill(call: Call, pid: int) -> None:
@@ -209,12 +209,6 @@ async def _kill(call: Call, pid: int) -> None:
     except FumehoodError as e:
         if e.code != "not_found":  # it ended by itself in that moment
             raise
-
-
-async def _leave(stream: Stream) -> None:
-    with contextlib.suppress(FumehoodError):  # the sandbox is gone: there is nothing left to leave
-        await stream.cancel()
-    stream.abandon()
 
 
 def _ping_s(call: Call) -> float:

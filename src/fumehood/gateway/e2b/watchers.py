@@ -12,7 +12,7 @@ from typing import Any
 from fumehood.errors import FumehoodError
 from fumehood.runtime.link import Stream
 
-from .call import Call
+from .call import Call, leave
 from .connect import Fault, flag, text
 from .filesystem import entry_or_none, stat_path
 
@@ -39,12 +39,7 @@ async def watch_dir(call: Call, message: Message) -> AsyncGenerator[Message, Non
             if change := _change(call.link.checked_json(frame)):
                 yield {"filesystem": await _event(call, root, change, entries)}
     finally:
-        try:
-            await stream.cancel()
-        except FumehoodError as e:
-            if e.code != "sandbox_gone":
-                raise
-        stream.abandon()
+        await leave(stream)
 
 
 async def _open(call: Call, message: Message) -> tuple[str, bool, Stream]:
