@@ -46,12 +46,8 @@ def cp(
     """Copy between here and a sandbox, into TARGET if that is a directory; exit 1 if something was left out."""
 
     async def work() -> int:
-        from fumehood.client.sandbox import AsyncSandbox
-
         there, here, inward = _sides(source, target)
-        found = await reach.server(url, api_key)
-        box = await AsyncSandbox.connect(there.sandbox_id, url=found.url, api_key=found.api_key)
-        async with box:
+        async with await reach.box(there.sandbox_id, url, api_key) as box:
             copied = await (copy_in(box, here, there.path) if inward else copy_out(box, there.path, here))
         files.report(copied.skipped)
         if as_json:

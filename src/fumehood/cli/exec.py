@@ -24,14 +24,11 @@ def exec_(
 
     async def work() -> int:
         from fumehood.cli import pipes, terminal
-        from fumehood.client.sandbox import AsyncSandbox
 
         if tty:
             terminal.demand()
         variables = pairs(env or [], "--env")
-        found = await reach.server(url, api_key)
-        box = await AsyncSandbox.connect(sandbox_id, url=found.url, api_key=found.api_key)
-        async with box:
+        async with await reach.box(sandbox_id, url, api_key) as box:
             return exits.code_of(await pipes.run_in(box, argv, cwd, variables, tty))
 
     exits.drive(work())

@@ -23,6 +23,7 @@ from fumehood.errors import InvalidInput, ServerUnreachable
 
 if TYPE_CHECKING:
     from fumehood.client.admin import Admin
+    from fumehood.client.sandbox import AsyncSandbox
 
 FILE = "server.json"
 UrlOption = Annotated[str | None, typer.Option("--url", help="The server; default FUMEHOOD_URL, else the one that runs here.")]
@@ -108,6 +109,14 @@ async def admin(url: str | None, api_key: str | None) -> AsyncGenerator[Admin]:
     found = await server(url, api_key)
     async with Admin(found.url, found.api_key) as opened:
         yield opened
+
+
+async def box(sandbox_id: str, url: str | None, api_key: str | None) -> AsyncSandbox:
+    """A sandbox that lives in the server; closing it leaves it there."""
+    from fumehood.client.sandbox import AsyncSandbox
+
+    found = await server(url, api_key)
+    return await AsyncSandbox.connect(sandbox_id, url=found.url, api_key=found.api_key)
 
 
 async def transport(url: str | None, api_key: str | None, local: bool) -> dict[str, Any]:

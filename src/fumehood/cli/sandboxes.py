@@ -104,7 +104,8 @@ def _table(found: list[dict[str, Any]], everything: bool) -> None:
 def _row(record: dict[str, Any], now: float) -> list[str]:
     live = record.get("ended_at") is None
     left = show.span(max(0.0, record["end_at"] - now)) if live else ""
-    labels = " ".join(f"{k}={v}" for k, v in (record.get("metadata") or {}).items())
+    metadata: dict[str, str] = record.get("metadata") or {}
+    labels = " ".join(f"{k}={v}" for k, v in metadata.items())
     ended = "" if live else f"{show.ago(record['ended_at'], now)} ago: {record.get('cause') or ''}"
     facts = [record[name] for name in ("id", "state", "policy", "template", "tier")]
     return [*facts, show.ago(record["created_at"], now), left, labels, ended]

@@ -34,7 +34,8 @@ async def join(process: AsyncProcess) -> Exit:
     stdin = sys.stdin.fileno()
     keys: asyncio.Queue[bytes] = asyncio.Queue()
     resizes: set[asyncio.Task[None]] = set()
-    with _raw(stdin):
+    with _restored(stdin):
+        tty.setraw(stdin)
         loop.add_reader(stdin, lambda: keys.put_nowait(os.read(stdin, 65536)))
         loop.add_signal_handler(signal.SIGWINCH, lambda: resizes.add(loop.create_task(process.resize(*size()))))
         typing = loop.create_task(_type(keys, process))
@@ -63,20 +64,16 @@ def size() -> tuple[int, int]:
 
 
 @contextmanager
-def _raw(fd: int) -> Generator[None]:
-    before = termios.tcgetattr(fd)
-    tty.setraw(fd)
-    try:
+def keys_at_once(fd: int) -> Generator[None]:
+    """Keys arrive without Enter and unseen, while Ctrl-C still interrupts."""
+    with _restored(fd):
+        tty.setcbreak(fd)
         yield
-    finally:
-        termios.tcsetattr(fd, termios.TCSAFLUSH, before)
 
 
 @contextmanager
-def keys_at_once(fd: int) -> Generator[None]:
-    """Keys arrive without Enter and unseen, while Ctrl-C still interrupts."""
+def _restored(fd: int) -> Generator[None]:
     before = termios.tcgetattr(fd)
-    tty.setcbreak(fd)
     try:
         yield
     finally:

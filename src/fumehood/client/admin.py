@@ -7,11 +7,10 @@ from typing import Any, Self
 
 from fumehood.client import answers
 from fumehood.client.address import Address
-from fumehood.client.server import Server, piece
+from fumehood.client.server import ALIVE_S, Server, piece
 from fumehood.client.sse import events
 
 __all__ = ["Admin", "piece"]
-_ALIVE_S = 60.0  # a server that streams says something every 15 s
 
 
 class Admin:
@@ -45,6 +44,6 @@ class Admin:
     async def events(self, *, everyone: bool = False) -> AsyncGenerator[dict[str, Any]]:
         """What happens from now on, as it happens. Ends when the server does."""
         query = {"all": "true"} if everyone else {}
-        async with self._server.stream("GET", "/v1/events", query=query, answer_s=_ALIVE_S) as chunks:
+        async with self._server.stream("GET", "/v1/events", query=query, answer_s=ALIVE_S) as chunks:
             async for _, data in events(self.url, chunks, answers.MAX_ANSWER_BYTES):
                 yield data

@@ -141,6 +141,11 @@ class Core:
         return self.port.extend(seconds)
 
 
+def by_name(policy: str) -> bool:
+    """Whether it names a preset and can't be a path: whoever is asked for it opens no file of the asker's choice (H12)."""
+    return "/" not in policy and "." not in policy
+
+
 def as_argv(argv: Sequence[str] | str) -> tuple[str, ...]:
     """A string is a line for bash, as in every shell."""
     return ("/bin/bash", "-c", argv) if isinstance(argv, str) else tuple(argv)
@@ -187,7 +192,7 @@ def _create(
 
 def _document(policy: PolicyLike) -> str | dict[str, Any] | None:
     """A preset goes by its name. All else is read and resolved here: a server must not open its callers' paths (H12)."""
-    if policy is None or (isinstance(policy, str) and "/" not in policy and "." not in policy):
+    if policy is None or (isinstance(policy, str) and by_name(policy)):
         return policy
     spec = settle(chain(policy))
     own = TEMPLATES.get(spec.template.name) != spec.template

@@ -15,7 +15,7 @@ from fumehood.client.address import Address
 from fumehood.client.engine import Engine
 from fumehood.client.port import Link, Port
 from fumehood.client.remote_link import RemoteLink
-from fumehood.client.server import Server
+from fumehood.client.server import ALIVE_S, Server, shared
 from fumehood.client.sse import events
 from fumehood.errors import NotFound, SandboxGone
 from fumehood.execution import Sinks
@@ -27,7 +27,6 @@ _DAY_S = 86_400.0  # the longest timeout_s that there is
 # Beside the run's own time: the queue, a cold start, the network. The server keeps the deadline (H17); this only notices
 # a server that no longer does.
 _MARGIN_S = 120.0
-_ALIVE_S = 60.0  # a server that streams says something every 15 s
 _STATS, _PROTECTIONS, _RECORD = TypeAdapter(Stats), TypeAdapter(tuple[Protection, ...]), TypeAdapter(SandboxRecord)
 
 
@@ -39,7 +38,7 @@ class Create:
     body: Mapping[str, Any]
 
     async def open(self, engine: Engine) -> Port:
-        server = engine.shared(self.address, lambda: Server(self.address))
+        server = shared(engine, self.address)
         made = await server.json("POST", "/v1/sandboxes", body=self.body, once=True, answer_s=_MARGIN_S)
         return await _remote(server, made, is_mine=True)
 
@@ -52,7 +51,7 @@ class Join:
     sandbox_id: str
 
     async def open(self, engine: Engine) -> Port:
-        server = engine.shared(self.address, lambda: Server(self.address))
+        server = shared(engine, self.address)
         return await _remote(server, await server.json("GET", f"/v1/sandboxes/{self.sandbox_id}"), is_mine=False)
 
 
@@ -66,7 +65,7 @@ async def _remote(server: Server, shown: dict[str, Any], *, is_mine: bool) -> Re
 
 
 async def sandboxes(engine: Engine, address: Address, state: str | None, limit: int) -> list[SandboxRecord]:
-    server = engine.shared(address, lambda: Server(address))
+    server = shared(engine, address)
     shown = await server.pages("/v1/sandboxes", "sandboxes", limit, {"state": state})
     return [answers.typed(server.url, _RECORD, record) for record in shown]
 
@@ -141,7 +140,7 @@ class Remote:
 
 
 async def _followed(server: Server, path: str, body: dict[str, Any], sinks: Sinks) -> Result:
-    opened = server.stream("POST", path, body=body, once=True, accept=b"text/event-stream", answer_s=_ALIVE_S)
+    opened = server.stream("POST", path, body=body, once=True, accept=b"text/event-stream", answer_s=ALIVE_S)
     async with opened as chunks:
         async for kind, data in events(server.url, chunks, answers.MAX_RESULT_BYTES):
             match kind:

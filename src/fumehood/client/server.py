@@ -22,9 +22,11 @@ from websockets.exceptions import InvalidStatus, WebSocketException
 from fumehood.agent import wire
 from fumehood.client import answers
 from fumehood.client.address import Address
+from fumehood.client.engine import Engine
 from fumehood.errors import InvalidInput
 
 CONNECT_S, ANSWER_S = 10.0, 60.0
+ALIVE_S = 60.0  # a server that streams says something every 15 s
 _PAGE = 100
 _KEEP_S = 4.0  # less than uvicorn's 5, so that a kept connection is rarely closed under a request
 _BROKEN = (httpcore.RemoteProtocolError, httpcore.ReadError, httpcore.WriteError)
@@ -203,6 +205,11 @@ class Server:
 
     async def aclose(self) -> None:
         await self._pool.aclose()
+
+
+def shared(engine: Engine, address: Address) -> Server:
+    """The one of this process. In the engine's loop only."""
+    return engine.shared(address, lambda: Server(address))
 
 
 def piece(name: str) -> str:

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Mapping
 from typing import Any
 
+from fumehood.client.core import by_name
 from fumehood.client.sandbox import AsyncSandbox
 from fumehood.errors import CapacityExceeded, Forbidden, NotFound
 from fumehood.model import check_id
@@ -93,6 +94,6 @@ class Desk:
                 cause="it was started with one",
                 remediation="leave policy out",
             )
-        if "/" in policy or "." in policy:  # a path would make the server read a file of its host for a model (H12)
+        if not by_name(policy):
             raise Forbidden(f"not a preset: {policy[:64]!r}", cause=_PRESETS_ONLY, remediation="name a preset, such as strict")
         return policy
