@@ -26,7 +26,7 @@ ROOMS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "monitor": ((*NOUNS, "monitor"), "who watches can't kill"),
     "response": ((*NOUNS, "response"), "who acts gets its orders from the supervisor, never from a detector"),
     "store": ((*NOUNS, "store"), "the store keeps nouns and knows no rooms"),
-    "scheduler": (NOUNS, "the scheduler orders requests and starts nothing"),
+    "scheduler": ((*NOUNS, "scheduler"), "the scheduler orders requests and starts nothing"),
     "pool": ((*NOUNS, "runtime.base"), "the pool plans; a Runtime is handed to it"),
     "outcome": ((*NOUNS, "runtime.base"), "what a run came to is decided from facts alone"),
     "execution": ((*NOUNS, "outcome", "agent.wire", "runtime.link"), "one execution is followed over a link, on any tier"),
@@ -109,7 +109,6 @@ EXECUTORS = ("agent/python.py", "agent/rich.py", "agent/chart.py")
 LATE = ("agent/notebook.py", "agent/inline.py")
 
 LONGER: Mapping[str, str] = {
-    "scheduler.py": "not yet split: the pure assign() and the queue around it",
     "model.py": "one flat table of the nouns",
     "client/sandbox.py": "the same API twice, async and sync, method by method",
     "client/files.py": "the same API twice, async and sync, over one set of functions",

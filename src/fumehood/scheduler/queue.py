@@ -1,20 +1,4 @@
-"""Who goes next: admission, a bounded queue, a fair share for each tenant, deadlines from arrival (M11).
-
-`assign()` decides and is pure; `Scheduler` keeps the queue around it. Nothing here starts a sandbox.
-
-Between tenants: dominant resource fairness (Ghodsi et al., NSDI 2011). A tenant's share is the greater of
-places held / places and memory held / memory; the tenant with the smallest share goes first. Equal shares are common
-(with one place they are always 0), so ties go by max(when the tenant was last served, its head's turn): the start tag
-of start-time fair queueing (Goyal et al., SIGCOMM 1996). A tenant that marks everything urgent thus passes the others
-once; from then on its own last start counts, and it can't starve them.
-
-Within a tenant: turn = arrival - priority * AGEING_S, earliest first. Every AGEING_S of waiting is worth one step of
-priority, so nothing that comes 20 * AGEING_S later can pass, whatever its priority; equal priority is first come, first served.
-
-A large ask that does not fit is passed by smaller ones at first. After RESERVE_AFTER_S nothing of its own tenant passes
-it, and the first such ask in fair order reserves what is freed, if other tenants are in its way: others then take only
-what it does not need. One reservation at a time is enough, for what is reserved is next.
-"""
+"""The queue around assign(): who waits, who holds a place, and when a decision is due."""
 
 from __future__ import annotations
 
@@ -22,124 +6,13 @@ import asyncio
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from heapq import heapify, heappop, heappush
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 from fumehood.errors import DeadlineExceeded, Draining, FumehoodError, InvalidInput, QueueFull
+from fumehood.scheduler.assign import PRIORITIES, Ask, Capacity, Held, assign
 
-AGEING_S = 1.0
-RESERVE_AFTER_S = 5.0
-PRIORITIES = range(-10, 11)
 _RELEASES = 64  # remembered, for the rate
-
-
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """One request for a place. Times are of the scheduler's clock; `number` is unique and grows by arrival."""
-
-    tenant: str
-    arrived_at: float
-    number: int
-    memory_bytes: int = 0
-    priority: int = 0
-    deadline_at: float | None = None
-
-    @property
-    def turn(self) -> float:
-        return self.arrived_at - self.priority * AGEING_S
-
-
-@dataclass(frozen=True, slots=True)
-class Capacity:
-    """`memory_bytes` 0: only asks without memory can be met. `tenant_places` 0: no bound for one tenant."""
-
-    places: int
-    memory_bytes: int = 0
-    tenant_places: int = 0
-
-
-class Held(NamedTuple):
-    places: int = 0
-    memory_bytes: int = 0
-    started_at: float = -math.inf  # when the tenant was last served
-
-
-class Decision(NamedTuple):
-    start: tuple[Ask, ...]
-    expire: tuple[Ask, ...]
-
-
-class _Room:
-    """What is free while one decision is made."""
-
-    def __init__(self, held: Mapping[str, Held], capacity: Capacity) -> None:
-        self.held, self.capacity, self.reserved = dict(held), capacity, False
-        self.places = capacity.places - sum(h.places for h in held.values())
-        self.memory = capacity.memory_bytes - sum(h.memory_bytes for h in held.values())
-
-    def of(self, tenant: str) -> Held:
-        return self.held.get(tenant, Held())
-
-    def rank(self, ask: Ask) -> tuple[float, float, int]:
-        mine, whole = self.of(ask.tenant), self.capacity
-        memory = mine.memory_bytes / whole.memory_bytes if whole.memory_bytes else 0.0
-        return max(mine.places / whole.places, memory), max(mine.started_at, ask.turn), ask.number
-
-    def at_its_cap(self, tenant: str) -> bool:
-        return 0 < self.capacity.tenant_places <= self.of(tenant).places
-
-    def take(self, ask: Ask, now: float) -> bool:
-        if ask.memory_bytes > self.memory:
-            return False
-        mine = self.of(ask.tenant)
-        self.held[ask.tenant] = Held(mine.places + 1, mine.memory_bytes + ask.memory_bytes, now)
-        self.places, self.memory = self.places - 1, self.memory - ask.memory_bytes
-        return True
-
-    def reserve(self, ask: Ask) -> None:
-        """Not for an ask that waits for its own tenant's releases: holding others up would not help it."""
-        if not self.reserved and self.of(ask.tenant).memory_bytes + ask.memory_bytes <= self.capacity.memory_bytes:
-            self.reserved = True
-            self.places, self.memory = self.places - 1, max(0, self.memory - ask.memory_bytes)
-
-
-def assign(waiting: Sequence[Ask], held: Mapping[str, Held], capacity: Capacity, now: float) -> Decision:
-    """Which asks start now, in order, and which have waited past their deadline. O(n log n): each ask is looked at once.
-
-    `held`: what each tenant holds. Once-only is sound because within one decision room only shrinks.
-    """
-    expire = tuple(a for a in waiting if a.deadline_at is not None and a.deadline_at <= now)
-    room, start = _Room(held, capacity), list[Ask]()
-    if room.places <= 0:
-        return Decision((), expire)
-    queues = _queues(waiting, now)
-    order = [(*room.rank(queue[0][-1]), tenant) for tenant, queue in queues.items()]
-    heapify(order)
-    while order and room.places > 0:
-        tenant = heappop(order)[-1]
-        if room.at_its_cap(tenant):
-            continue
-        ask = heappop(queues[tenant])[-1]
-        if room.take(ask, now):
-            start.append(ask)
-        elif now - ask.arrived_at >= RESERVE_AFTER_S:
-            room.reserve(ask)
-            continue  # nothing of its own tenant may pass it any more
-        if queue := queues[tenant]:
-            heappush(order, (*room.rank(queue[0][-1]), tenant))
-    return Decision(tuple(start), expire)
-
-
-def _queues(waiting: Sequence[Ask], now: float) -> dict[str, list[tuple[float, int, Ask]]]:
-    queues: dict[str, list[tuple[float, int, Ask]]] = {}
-    for ask in waiting:
-        if ask.deadline_at is None or ask.deadline_at > now:
-            queues.setdefault(ask.tenant, []).append((ask.turn, ask.number, ask))
-    for queue in queues.values():
-        heapify(queue)
-    return queues
 
 
 class Grant:
@@ -183,19 +56,20 @@ class Scheduler:
         self._idle.set()
 
     async def admit(self, tenant: str, *, memory_bytes: int = 0, priority: int = 0, wait_s: float | None = None) -> Grant:
-        """A place, at once when there is room and nobody waits. `wait_s` counts from now; None = as long as it takes.
+        """A place, at once when there is room and nobody waits for it (who waits for its own tenant's cap does not).
 
+        `wait_s` counts from now; None = as long as it takes, 0 = at once or not at all.
         Raises InvalidInput (it could never be met), Draining, QueueFull (`details["retry_after_s"]`), DeadlineExceeded.
         Cancelling leaves the queue, and gives back what was granted meanwhile.
         """
         self._check(memory_bytes, priority, wait_s)
         ask = self._ask(tenant, memory_bytes, priority, wait_s)
-        if not self._waiting and self._fits(ask):
+        if self._fits(ask) and self._is_next():
             return self._grant(ask, ask.arrived_at)
         if wait_s == 0:
             raise _too_late(0.0)
         if len(self._waiting) >= self.queue_limit:
-            self._steal_a_slot_for(tenant)
+            self._find_a_slot_for(tenant)
         future = asyncio.get_running_loop().create_future()
         self._waiting[ask.number] = ask, future
         self._turn_soon()
@@ -208,8 +82,11 @@ class Scheduler:
     def drain(self) -> None:
         """Nothing new from now on; whoever waits gets Draining. What is held stays until released."""
         self._draining = True
+        self._forget_cancelled()
         for ask, _ in list(self._waiting.values()):
             self._fail(ask, _draining())
+        if self._timer:
+            self._timer.cancel()
 
     async def idle(self) -> None:
         """Returns when nothing is held."""
@@ -242,12 +119,14 @@ class Scheduler:
         return Ask(tenant, now, self._number, memory_bytes, priority, None if wait_s is None else now + wait_s)
 
     def _fits(self, ask: Ask) -> bool:
-        whole, cap = self.capacity, self.capacity.tenant_places
-        return (
-            self._places < whole.places
-            and self._memory + ask.memory_bytes <= whole.memory_bytes
-            and (not cap or self._held.get(ask.tenant, Held()).places < cap)
-        )
+        room = self._places < self.capacity.places and self._memory + ask.memory_bytes <= self.capacity.memory_bytes
+        return room and not self._at_its_cap(ask.tenant)
+
+    def _is_next(self) -> bool:
+        return all(self._at_its_cap(ask.tenant) for ask, _ in self._waiting.values())
+
+    def _at_its_cap(self, tenant: str) -> bool:
+        return self.capacity.caps(self._held.get(tenant, Held()))
 
     def _grant(self, ask: Ask, now: float) -> Grant:
         self._account(ask.tenant, 1, ask.memory_bytes, now)
@@ -275,6 +154,7 @@ class Scheduler:
 
     def _turn(self) -> None:
         self._turn_is_due, now = False, self._clock()
+        self._forget_cancelled()
         decision = assign([ask for ask, _ in self._waiting.values()], self._held, self.capacity, now)
         for ask in decision.start:
             self._waiting.pop(ask.number)[1].set_result(self._grant(ask, now))
@@ -290,7 +170,11 @@ class Scheduler:
             self._timer.cancel()
         deadlines = [ask.deadline_at for ask, _ in self._waiting.values() if ask.deadline_at is not None]
         delay_s = max(0.001, min(deadlines, default=math.inf) - now)
-        self._timer = asyncio.get_running_loop().call_later(delay_s, self._turn) if delay_s < math.inf else None
+        self._timer = asyncio.get_running_loop().call_later(delay_s, self._turn_soon) if delay_s < math.inf else None
+
+    def _forget_cancelled(self) -> None:
+        """Cancelling a task cancels its future at once, but runs the task only later: until then it would still be here."""
+        self._waiting = {number: entry for number, entry in self._waiting.items() if not entry[1].done()}
 
     def _fail(self, ask: Ask, error: FumehoodError) -> None:
         self._waiting.pop(ask.number)[1].set_exception(error)
@@ -302,7 +186,10 @@ class Scheduler:
             future.result().release()
         self._turn_soon()  # it may have held a reservation
 
-    def _steal_a_slot_for(self, tenant: str) -> None:
+    def _find_a_slot_for(self, tenant: str) -> None:
+        self._forget_cancelled()
+        if len(self._waiting) < self.queue_limit:
+            return
         counts = Counter(ask.tenant for ask, _ in self._waiting.values())
         longest, most = max(counts.items(), key=lambda item: item[1], default=("", 0))
         if most < counts[tenant] + 2:
