@@ -182,11 +182,18 @@ class Store:
 
     # -- events
 
-    def append_event(self, tenant: str, sandbox_id: str, kind: str, data: Mapping[str, Any]) -> None:
-        """Queued. Data of more than MAX_EVENT_BYTES of JSON becomes {"dropped_bytes": n}: that it happened is not lost."""
+    async def last_seq(self) -> int:
+        """Of all events that ever were, 0 when there was none: a forgotten one's is not used again."""
+        return await self._reader.last_seq()
+
+    def append_event(self, tenant: str, sandbox_id: str, kind: str, data: Mapping[str, Any], *, seq: int | None = None) -> None:
+        """Queued. Data of more than MAX_EVENT_BYTES of JSON becomes {"dropped_bytes": n}: that it happened is not lost.
+
+        `seq` None = the next one; whoever also hands events on must give it himself.
+        """
         text = rows.to_json(dict(data))
         text = text if len(text) <= MAX_EVENT_BYTES else rows.to_json({"dropped_bytes": len(text)})
-        self._writer.post(changes.statement(changes.APPEND, tenant, sandbox_id, self._clock(), kind, text))
+        self._writer.post(changes.statement(changes.APPEND, seq, tenant, sandbox_id, self._clock(), kind, text))
 
     async def events(self, tenant: str | None, after_seq: int, limit: int = 500) -> list[EventRecord]:
         """Oldest first, those with a `seq` above `after_seq`."""

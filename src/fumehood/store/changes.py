@@ -10,7 +10,7 @@ from dataclasses import fields
 from typing import Any
 
 from fumehood.errors import Conflict, InvalidTransition, NotFound
-from fumehood.records import IdempotentReply, Recovered, SandboxRecord
+from fumehood.records import EventRecord, IdempotentReply, Recovered, SandboxRecord
 from fumehood.store.rows import checked, columns, insertion, pack, unpack
 from fumehood.store.writer import Work
 
@@ -31,7 +31,7 @@ FINISH = (
 CLAIM = f"{insertion('replies', IdempotentReply)} ON CONFLICT (tenant, key) DO NOTHING"
 KEEP_REPLY = "UPDATE replies SET status = ?, body = ? WHERE tenant = ? AND key = ? AND status = 0"
 DROP_REPLY = "DELETE FROM replies WHERE tenant = ? AND key = ? AND status = 0"
-APPEND = "INSERT INTO events (tenant, sandbox_id, at, kind, data) VALUES (?, ?, ?, ?, ?)"
+APPEND = insertion("events", EventRecord)  # without a `seq` (NULL) it is the next one
 
 # In the order of Recovered's fields; ?1 is now, ?2 the cause.
 RECOVER = (

@@ -45,6 +45,10 @@ class Reader:
             below = found[0][0]
         return await self.rows(record, table, {**conditions, "seq < ?": below}, f"ORDER BY seq DESC LIMIT {page(limit)}")
 
+    async def last_seq(self) -> int:
+        found = await self._select("SELECT seq FROM sqlite_sequence WHERE name = 'events'", [])
+        return found[0][0] if found else 0
+
     async def _select(self, statement: str, values: list[Any]) -> list[Any]:
         if self._closed:
             raise StoreFailed("the store is closed", cause="its server is stopping", remediation="ask a running server")

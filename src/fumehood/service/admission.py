@@ -1,0 +1,83 @@
+"""Who is let in: a place for each sandbox (how many, how much memory), a turn for each piece of work (how many at once)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fumehood.config import Config
+from fumehood.errors import Draining
+from fumehood.records import Caller
+from fumehood.scheduler import Capacity, Grant, Scheduler
+
+_HOST_SHARE = 0.85  # of the host's memory; the rest is the server's, the kernel's and the operator's
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """How long one request may wait for all that it waits for together, from its arrival (M11)."""
+
+    caller: Caller
+    priority: int
+    deadline_at: float  # of time.monotonic()
+
+    @property
+    def left_s(self) -> float:
+        return max(0.0, self.deadline_at - time.monotonic())
+
+
+class Admission:
+    """Two queues, each bounded and fair between tenants. Who needs both asks for the place first: no circle can form."""
+
+    def __init__(self, config: Config) -> None:
+        self._config, self.draining = config, False
+        cpus = os.cpu_count() or 1
+        self._places = Scheduler(_places(config), config.queue_limit)
+        self._turns = Scheduler(Capacity(config.max_running or 8 * cpus), config.queue_limit)
+
+    def wait(self, caller: Caller, priority: int, wait_s: float | None) -> Wait:
+        """`priority` can be lowered below the key's own, not raised. Raises Draining."""
+        if self.draining:
+            raise Draining("the server is shutting down", remediation="retry later, or at another server")
+        bound_s = self._config.queue_wait_s if wait_s is None else min(wait_s, self._config.queue_wait_s)
+        return Wait(caller, min(priority, caller.limits.priority), time.monotonic() + bound_s)
+
+    async def place(self, wait: Wait, memory_bytes: int) -> Grant:
+        return await self._places.admit(
+            wait.caller.tenant, memory_bytes=memory_bytes, priority=wait.priority, wait_s=wait.left_s
+        )
+
+    async def turn(self, wait: Wait) -> Grant:
+        return await self._turns.admit(wait.caller.tenant, priority=wait.priority, wait_s=wait.left_s)
+
+    async def drain(self, grace_s: float) -> None:
+        """Nothing new from now on, for whoever waits neither; returns when what has its turn has ended, or after `grace_s`."""
+        self.draining = True
+        self._places.drain()
+        self._turns.drain()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(grace_s):
+                await self._turns.idle()
+
+    def snapshot(self) -> dict[str, Any]:
+        return {"places": self._places.snapshot(), "turns": self._turns.snapshot()}
+
+
+def _places(config: Config) -> Capacity:
+    budget = config.memory_budget_bytes or int(_HOST_SHARE * _host_memory_bytes())
+    tenants = config.max_sandboxes_per_tenant
+    return Capacity(config.max_sandboxes, math.floor(budget * config.memory_overcommit), tenants)
+
+
+def _host_memory_bytes() -> int:
+    """MemTotal of /proc/meminfo, in KiB there (proc(5))."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemTotal:"):
+            return int(line.split()[1]) << 10
+    raise OSError("/proc/meminfo has no MemTotal")

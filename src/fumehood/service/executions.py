@@ -1,0 +1,177 @@
+"""Executions: each has one record from its arrival to its end, waits for its turn, and can be cancelled by its id."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+
+from pydantic import TypeAdapter
+from pydantic_core import PydanticSerializationError
+
+from fumehood.errors import FumehoodError, NotFound
+from fumehood.model import MIB, Result, Status
+from fumehood.records import ExecutionKind, ExecutionRecord
+from fumehood.scheduler import Grant
+from fumehood.store import Store
+
+_log = logging.getLogger("fumehood.service")
+_RESULT = TypeAdapter(Result)
+MAX_KEPT_BYTES = 8 * MIB  # of a result, as JSON, in the history; whoever waits for it gets all of it
+
+Work = Callable[[], Awaitable[Result]]
+
+
+def new_id() -> str:
+    return "e" + secrets.token_hex(12)
+
+
+def to_json(result: Result) -> bytes:
+    """As `fumehood run --json` prints it. Names of files may hold what is no Unicode: those go the slower way, escaped."""
+    try:
+        return _RESULT.dump_json(result)
+    except PydanticSerializationError:
+        import json
+
+        return json.dumps(_RESULT.dump_python(result)).encode()
+
+
+@dataclass(eq=False)
+class Running:
+    record: ExecutionRecord
+    turn: Callable[[], Awaitable[Grant]]
+    work: Work
+    task: asyncio.Task[Result] | None = None
+    cancelled: bool = False  # by its id: then the caller gets a result that says so
+    started_at: float | None = None
+
+
+class Executions:
+    """`done` is told of each that ended. A Running is alive exactly as long as its record is not `done`."""
+
+    def __init__(self, store: Store, done: Callable[[ExecutionRecord], None]) -> None:
+        self._store, self._done = store, done
+        self._alive: dict[str, Running] = {}
+
+    def begin(
+        self,
+        tenant: str,
+        sandbox_id: str,
+        kind: ExecutionKind,
+        turn: Callable[[], Awaitable[Grant]],
+        work: Work,
+        execution_id: str | None = None,
+    ) -> Running:
+        """Recorded and on its way: `work` begins once `turn` has granted it. Raises CapacityExceeded when the disk does not
+        keep up; then nothing was begun.
+        """
+        record = ExecutionRecord(execution_id or new_id(), sandbox_id, tenant, kind, "queued", time.time())
+        self._store.begin_execution(record)
+        running = self._alive[record.id] = Running(record, turn, work)
+        running.task = asyncio.create_task(self._to_the_end(running))
+        running.task.add_done_callback(_seen)
+        return running
+
+    async def result(self, running: Running) -> Result:
+        """Raises what the work raised. Cancelling whoever waits here stops the program (the client went away)."""
+        assert running.task is not None
+        try:
+            return await asyncio.shield(running.task)
+        except asyncio.CancelledError:
+            running.task.cancel()
+            with contextlib.suppress(asyncio.CancelledError, FumehoodError):
+                await running.task
+            raise
+
+    def cancel(self, tenant: str, execution_id: str) -> bool:
+        """False when it is not alive (here); its record then says how it ended."""
+        running = self._alive.get(execution_id)
+        if running is None or running.record.tenant != tenant or running.task is None:
+            return False
+        running.cancelled = True
+        # Not at once: a task that is cancelled before its first step never gets to write how it ended.
+        asyncio.get_running_loop().call_soon(running.task.cancel)
+        return True
+
+    def alive(self, tenant: str | None, execution_id: str) -> ExecutionRecord | None:
+        running = self._alive.get(execution_id)
+        return running.record if running is not None and tenant in (None, running.record.tenant) else None
+
+    async def stop_all(self) -> None:
+        """Cancels what still runs, and returns when every record says so."""
+        tasks = {running.task for running in self._alive.values() if running.task is not None}
+        for running in list(self._alive.values()):
+            self.cancel(running.record.tenant, running.record.id)
+        if tasks:
+            await asyncio.wait(tasks)
+
+    def __len__(self) -> int:
+        return len(self._alive)
+
+    async def _to_the_end(self, running: Running) -> Result:
+        try:
+            result = await self._in_turn(running)
+        except FumehoodError as e:
+            status: Status = "killed" if e.code == "sandbox_gone" else "error"
+            await self._finish(running, Result(status, str(e), sandbox_id=running.record.sandbox_id))
+            raise
+        except asyncio.CancelledError:
+            cause = "cancelled by its id" if running.cancelled else "its caller went away"
+            result = Result("cancelled", cause, sandbox_id=running.record.sandbox_id)
+            await self._finish(running, result)
+            if not running.cancelled:
+                raise
+        except Exception as e:  # a bug of ours: the record must not say for ever that it runs
+            await self._finish(running, Result("error", f"internal: {e!r}", sandbox_id=running.record.sandbox_id))
+            raise
+        else:
+            await self._finish(running, result)
+        return result
+
+    async def _in_turn(self, running: Running) -> Result:
+        with await running.turn() as grant:
+            running.started_at = time.time()
+            running.record = replace(running.record, state="running", started_at=running.started_at)
+            result = await running.work()
+        return replace(result, timings=replace(result.timings, queue_ms=grant.queue_ms))
+
+    async def _finish(self, running: Running, result: Result) -> None:
+        record = replace(running.record, state="done", finished_at=time.time(), status=result.status, cause=result.cause[:4096])
+        try:
+            await self._store.finish_execution(
+                record.id,
+                started_at=running.started_at,
+                finished_at=record.finished_at or 0.0,
+                status=result.status,
+                cause=_unicode(record.cause),
+                result=_kept(result),
+            )
+        finally:
+            del self._alive[record.id]
+            self._done(record)
+
+
+def _kept(result: Result) -> str:
+    text = to_json(result)
+    if len(text) > MAX_KEPT_BYTES:
+        cut = replace(result, results=(), stdout=result.stdout[-MIB:], stderr=result.stderr[-MIB:])
+        text = to_json(replace(cut, stdout_truncated=True, stderr_truncated=True))
+    return text.decode()
+
+
+def _unicode(text: str) -> str:
+    return text.encode("utf-8", "replace").decode()
+
+
+def _seen(task: asyncio.Task[Result]) -> None:
+    """Of a background execution nobody else asks: its record says it all."""
+    if not task.cancelled() and (error := task.exception()) is not None and not isinstance(error, FumehoodError):
+        _log.error("an execution failed inside", exc_info=error)
+
+
+def unknown(execution_id: str) -> NotFound:
+    return NotFound(f"no execution {execution_id[:40]!r}", remediation="list them; old ones are forgotten")

@@ -1,0 +1,180 @@
+"""The leases that live: found by id and tenant, paused, resumed, extended, and ended once, whoever or whatever ends them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from fumehood.config import Config
+from fumehood.errors import FumehoodError, InvalidInput, NotFound, SandboxGone
+from fumehood.lease import Lease
+from fumehood.model import SandboxState
+from fumehood.records import Caller
+from fumehood.store import Store
+from fumehood.supervisor import Supervisor
+
+_log = logging.getLogger("fumehood.service")
+_REMEMBERED = 10_000  # ended ones, of which their tenant is told why they are gone
+
+Note = Callable[[Lease, str, dict[str, Any]], None]
+
+
+class Leases:
+    """`note(lease, kind, data)` is told of every change."""
+
+    def __init__(self, config: Config, supervisor: Supervisor, store: Store, note: Note) -> None:
+        self._config, self._supervisor, self._store, self._note = config, supervisor, store, note
+        self._live: dict[str, Lease] = {}
+        self._ended: OrderedDict[str, tuple[str, str]] = OrderedDict()  # id -> (tenant, cause)
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def add(self, lease: Lease) -> None:
+        """From here on its life is this object's; before it returns, the store knows of it."""
+        self._live[lease.id] = lease
+        lease.watch = self._spawn(self._watch(lease))
+        self._set_clock(lease)
+        try:
+            await self._store.put_sandbox(lease.record)
+        except BaseException:
+            await asyncio.shield(self.end(lease, "it could not be recorded"))
+            raise
+        self._note(lease, "sandbox.started", {"tier": lease.tier, "policy": lease.live.spec.policy_name})
+
+    def get(self, caller: Caller, sandbox_id: str) -> Lease:
+        """Raises NotFound, for another tenant's id too, and in the same words; SandboxGone for one's own that ended."""
+        lease = self._live.get(sandbox_id)
+        if lease is not None and lease.tenant == caller.tenant:
+            return lease
+        tenant, cause = self._ended.get(sandbox_id, ("", ""))
+        if tenant == caller.tenant:
+            raise SandboxGone("the sandbox ended", cause=cause, remediation="create a new sandbox")
+        raise NotFound(f"no sandbox {sandbox_id[:40]!r}", remediation="list yours: it may have ended long ago")
+
+    def find(self, sandbox_id: str) -> Lease | None:
+        return self._live.get(sandbox_id)
+
+    def of(self, tenant: str | None) -> list[Lease]:
+        """Live ones, oldest first. None: of every tenant."""
+        return [lease for lease in self._live.values() if tenant in (None, lease.tenant)]
+
+    def count_of_key(self, key_id: str) -> int:
+        return sum(lease.key_id == key_id for lease in self._live.values())
+
+    async def awake(self, lease: Lease) -> None:
+        """Let traffic in: a paused one with auto_resume goes on, under a new lease."""
+        if lease.auto_resume and lease.is_paused:
+            async with lease.moving:
+                if lease.live.state is SandboxState.PAUSED:
+                    await self._resume(lease, lease.lease_s)
+
+    async def pause(self, lease: Lease, cause: str = "") -> None:
+        """Its lease stands still meanwhile. Raises InvalidTransition."""
+        async with lease.moving:
+            await lease.live.pause()
+            lease.left_s = max(0.0, lease.end_at - time.time())
+            await self._moved(lease, time.time() + self._config.paused_lifetime_s, "sandbox.paused", cause)
+
+    async def resume(self, lease: Lease) -> None:
+        """With what was left of its lease, or with a new one when nothing was. Raises InvalidTransition."""
+        async with lease.moving:
+            await self._resume(lease, lease.left_s or lease.lease_s)
+
+    async def _resume(self, lease: Lease, lease_s: float) -> None:
+        await lease.live.resume()
+        await self._moved(lease, time.time() + lease_s, "sandbox.resumed", "")
+
+    async def _moved(self, lease: Lease, end_at: float, kind: str, cause: str) -> None:
+        lease.end_at = end_at
+        self._set_clock(lease)
+        if not lease.ended.is_set():
+            await self._store.put_sandbox(lease.record)
+            self._note(lease, kind, {"cause": cause} if cause else {})
+
+    async def extend(self, lease: Lease, seconds: float) -> None:
+        """It ends in `seconds` from now, sooner or later than before; at once for 0 and less. Raises InvalidInput."""
+        if seconds > self._config.max_lifetime_s:
+            raise InvalidInput(
+                f"a lease of {seconds:g} s",
+                cause=f"this server gives leases of up to {self._config.max_lifetime_s:g} s",
+                remediation="extend it while it is needed",
+            )
+        if seconds <= 0:
+            await self._expire(lease)
+            return
+        lease.lease_s, lease.left_s = seconds, seconds
+        if not lease.is_paused:
+            lease.end_at = min(time.time() + seconds, lease.created_at + self._config.max_lifetime_s)
+            self._set_clock(lease)
+        await self._store.put_sandbox(lease.record)
+
+    async def end(self, lease: Lease, cause: str) -> None:
+        """Once: the first cause stays. Returns when every process and every resource of it is gone."""
+        if lease.ended.is_set():
+            return
+        lease.ended_at, lease.cause = time.time(), cause
+        lease.ended.set()
+        self._forget(lease)
+        try:
+            await lease.live.kill(cause)
+            await self._supervisor.close_sandbox(lease.id)
+        except FumehoodError:
+            _log.exception("a sandbox could not be taken down", extra={"sandbox_id": lease.id})
+        finally:
+            lease.give_back()
+            self._note(lease, "sandbox.stopped", {"cause": cause})
+        with contextlib.suppress(NotFound):  # the very write that began it may have failed
+            await self._store.end_sandbox(lease.id, cause)
+
+    def _forget(self, lease: Lease) -> None:
+        if lease.timer is not None:
+            lease.timer.cancel()
+        if lease.watch is not None and lease.watch is not asyncio.current_task():
+            lease.watch.cancel()
+        self._live.pop(lease.id, None)
+        self._ended[lease.id] = lease.tenant, lease.cause
+        while len(self._ended) > _REMEMBERED:
+            self._ended.popitem(last=False)
+
+    async def _watch(self, lease: Lease) -> None:
+        await lease.live.handle.wait_dead()
+        await self.end(lease, lease.live.gone_because or "all of its processes ended")
+
+    def _set_clock(self, lease: Lease) -> None:
+        if lease.timer is not None:
+            lease.timer.cancel()
+        left_s = max(0.0, lease.end_at - time.time())
+        loop = asyncio.get_running_loop()
+        lease.timer = loop.call_later(left_s, lambda: self._spawn(self._expire(lease)))
+
+    async def _expire(self, lease: Lease) -> None:
+        if lease.on_expiry == "pause" and not lease.is_paused and not lease.ended.is_set():
+            try:
+                await self.pause(lease, "its lease is over")
+                lease.left_s = 0.0
+                return
+            except FumehoodError as e:
+                _log.warning("can't pause at the end of the lease, so it ends: %s", e, extra={"sandbox_id": lease.id})
+        await self.end(lease, "its paused time is over" if lease.is_paused else "its lease is over")
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.error("the end of a lease failed", exc_info=error)
+
+    async def aclose(self, cause: str) -> None:
+        for result in await asyncio.gather(*(self.end(lease, cause) for lease in self.of(None)), return_exceptions=True):
+            if isinstance(result, BaseException):
+                _log.error("a sandbox could not be ended", exc_info=result)
+        if self._tasks:
+            await asyncio.wait(set(self._tasks))
