@@ -27,7 +27,7 @@ ROOMS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "response": ((*NOUNS, "response"), "who acts gets its orders from the supervisor, never from a detector"),
     "store": ((*NOUNS, "store"), "the store keeps nouns and knows no rooms"),
     "scheduler": ((*NOUNS, "scheduler"), "the scheduler orders requests and starts nothing"),
-    "pool": ((*NOUNS, "runtime.base"), "the pool plans; a Runtime is handed to it"),
+    "pool": ((*NOUNS, "runtime.base", "pool"), "the pool plans; what makes and ends a warm one is handed to it"),
     "outcome": ((*NOUNS, "runtime.base"), "what a run came to is decided from facts alone"),
     "execution": ((*NOUNS, "outcome", "agent.wire", "runtime.link"), "one execution is followed over a link, on any tier"),
     "runtime": ((*NOUNS, "config", "runtime.base", "runtime.link", "agent"), "a tier knows contract and agent, nothing above"),
@@ -52,7 +52,7 @@ ROOMS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "bus": (NOUNS, "it hands events on and keeps none"),
     "service": (
         (*NOUNS, "config", "policy", "monitor", "response", "store", "scheduler", "pool", "execution", "live", "lease", "bus",
-         "supervisor", "service", "runtime"),
+         "supervisor", "service", "runtime", "agent.wire"),
         "the service joins the rooms and is below every face",
     ),
     "gateway": (
@@ -110,6 +110,7 @@ LATE = ("agent/notebook.py", "agent/inline.py")
 
 LONGER: Mapping[str, str] = {
     "model.py": "one flat table of the nouns",
+    "service/__init__.py": "the whole face of the service, method by method, over the modules beside it",
     "client/sandbox.py": "the same API twice, async and sync, method by method",
     "client/files.py": "the same API twice, async and sync, over one set of functions",
     "agent/loop.py": "one selector loop and the three nouns that only it and its callers share",
