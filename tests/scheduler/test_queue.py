@@ -3,47 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import time
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from waiters import ONE, outcomes, ticks, waiting
 
-from fumehood.errors import DeadlineExceeded, Draining, InvalidInput, QueueFull
+from fumehood.errors import DeadlineExceeded, Draining, InvalidInput
 from fumehood.scheduler import Capacity, Grant, Scheduler, queue
 
-pytestmark = pytest.mark.rootless
-ONE = Capacity(places=1)
+pytestmark = [pytest.mark.rootless, pytest.mark.usefixtures("nothing_is_left_unheard")]
 H17_S = 0.25  # how late a deadline may be
-
-
-@pytest.fixture(autouse=True)
-async def nothing_is_left_unheard() -> AsyncIterator[None]:
-    said: list[dict[str, Any]] = []
-    asyncio.get_running_loop().set_exception_handler(lambda _, context: said.append(context))
-    yield
-    for task in asyncio.all_tasks() - {asyncio.current_task()}:
-        task.cancel()
-    await ticks(5)
-    gc.collect()
-    assert not said
-
-
-async def ticks(n: int) -> None:
-    for _ in range(n):
-        await asyncio.sleep(0)
-
-
-async def waiting(scheduler: Scheduler, *tenants: str, **how: Any) -> list[asyncio.Task[Grant]]:
-    tasks = [asyncio.create_task(scheduler.admit(tenant, **how)) for tenant in tenants]
-    await ticks(3)
-    return tasks
-
-
-async def outcomes(tasks: list[asyncio.Task[Grant]]) -> list[Any]:
-    async with asyncio.timeout(5):
-        return await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def test_with_room_a_place_is_had_at_once_and_is_given_back_once():
@@ -191,84 +161,6 @@ async def test_draining_tells_whoever_waits_and_waits_for_what_is_held():
     holder.release()
     async with asyncio.timeout(5):
         await idle
-
-
-async def test_a_full_queue_says_so_at_once():
-    scheduler = Scheduler(ONE, 2)
-    await scheduler.admit("a")
-    await waiting(scheduler, "a", "a")
-    with pytest.raises(QueueFull) as full:
-        scheduler.admit("a").send(None)
-    assert full.value.retryable and full.value.details["retry_after_s"] == 5
-
-
-@pytest.mark.parametrize(("apart_s", "retry_after_s"), [(0.01, 1), (3.0, 12), (100.0, 60)])
-async def test_retry_after_is_when_the_queue_will_have_had_its_turn_from_1_to_60_s(apart_s: float, retry_after_s: int):
-    now = [0.0]
-    scheduler = Scheduler(ONE, 4, clock=lambda: now[0])
-    for _ in range(10):
-        (await scheduler.admit("a")).release()
-        now[0] += apart_s
-    await scheduler.admit("a")
-    await waiting(scheduler, *"aaaa")
-    with pytest.raises(QueueFull) as full:
-        await scheduler.admit("a")
-    assert full.value.details["retry_after_s"] == retry_after_s
-
-
-async def test_in_a_full_queue_the_tenant_with_most_loses_its_last_to_one_with_two_fewer():
-    scheduler = Scheduler(ONE, 4)
-    await scheduler.admit("a")
-    tasks = await waiting(scheduler, *"aaaa")
-    taken = await waiting(scheduler, *"bb")
-    assert scheduler.snapshot()["waiting"] == {"a": 2, "b": 2}
-    assert [type(outcome) for outcome in await outcomes(tasks[2:])] == [QueueFull, QueueFull]
-    with pytest.raises(QueueFull):
-        await scheduler.admit("b")
-    assert not any(task.done() for task in tasks[:2] + taken)
-
-
-@pytest.mark.parametrize("cancelled", ["before", "after"])
-async def test_one_who_is_cancelled_in_the_tick_in_which_it_would_lose_its_slot_is_just_cancelled(cancelled: str):
-    scheduler = Scheduler(ONE, 2)
-    await scheduler.admit("a")
-    first, last = await waiting(scheduler, "a", "a")
-    taker = asyncio.create_task(scheduler.admit("b"))
-    if cancelled == "after":
-        await asyncio.sleep(0)
-    last.cancel()
-    await ticks(3)
-    assert last.cancelled() and not first.done() and not taker.done()
-    assert scheduler.snapshot()["waiting"] == {"a": 1, "b": 1}
-
-
-async def test_a_slot_that_a_cancelled_waiter_still_seems_to_have_is_free():
-    scheduler = Scheduler(ONE, 1)
-    holder = await scheduler.admit("a")
-    [gone] = await waiting(scheduler, "a")
-    next_one = asyncio.create_task(scheduler.admit("a"))
-    gone.cancel()  # it runs after next_one
-    holder.release()
-    assert isinstance((await outcomes([next_one]))[0], Grant)
-
-
-async def test_a_burst_of_500_against_a_queue_of_100_gives_each_a_place_or_a_clean_429():
-    scheduler, running, most = Scheduler(Capacity(8), 100), 0, 0
-
-    async def request(tenant: str) -> str:
-        nonlocal running, most
-        try:
-            with await scheduler.admit(tenant, wait_s=30):
-                running, most = running + 1, max(most, running + 1)
-                await asyncio.sleep(0.001)
-                running -= 1
-        except QueueFull as full:
-            return "429" if 1 <= full.details["retry_after_s"] <= 60 else "?"
-        return "200"
-
-    async with asyncio.timeout(30):
-        answers = await asyncio.gather(*(request("abcde"[n % 5]) for n in range(500)))
-    assert (answers.count("200"), answers.count("429"), most) == (108, 392, 8)
 
 
 @pytest.mark.parametrize(
