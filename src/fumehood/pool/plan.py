@@ -108,7 +108,7 @@ def _may_make_at(facts: Facts, goal: int, now: float) -> float:
 
 def _changes_at(facts: Facts, settings: PoolSettings, now: float) -> float:
     """When the next of the warm ones may be old enough, or the target sink. Never, while no more are warm than must be."""
-    if len(facts.warm) <= facts.floor:
+    if len(facts.warm) <= min(facts.floor, facts.ceiling):
         return math.inf
     times = [since + settings.idle_s for since in facts.warm] + [at + settings.window_s for at in facts.arrivals]
     times += [facts.arrivals[-1] + settings.idle_s] if facts.arrivals else []
