@@ -122,6 +122,13 @@ def test_a_surplus_that_is_young_stays_until_it_is_idle() -> None:
     assert plan(young, SETTINGS, NOW) == Plan(target=0, look_at=NOW + 20)
 
 
+def test_what_can_not_be_made_keeps_nobody_from_giving_back_what_is_idle() -> None:
+    """Target 6 until NOW + 10; the breaker is open until long after."""
+    stuck = replace(QUIET, arrivals=at(*[20] * 5), warm=at(40, 40), breaker=Breaker(9, NOW + 60))
+    assert plan(stuck, SETTINGS, NOW) == Plan(target=6, look_at=NOW + 10)
+    assert plan(stuck, SETTINGS, NOW + 10).reclaim == 2
+
+
 def test_refill_rests_the_longer_the_fuller_the_class_is() -> None:
     """Target 12, last make ended just now, makes of 0.1 s."""
     burst = replace(QUIET, arrivals=(NOW,) * 10, made_at=NOW, running=True)

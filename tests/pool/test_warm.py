@@ -203,6 +203,26 @@ def test_a_close_that_fails_is_logged_and_stops_no_other(caplog: pytest.LogCaptu
     assert [r.getMessage().endswith("failed") for r in caplog.records] == [True, True]
 
 
+def test_refill_that_ended_for_ever_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    """Only a make that raises what is no Exception can do that."""
+
+    class Abort(BaseException):
+        pass
+
+    async def make(_: str) -> Thing:
+        raise Abort
+
+    async def work(clock: Clock) -> None:
+        pool = Pool(make, Workshop(clock).close, SETTINGS, clock=clock)
+        pool.keep("k")
+        pool.start()
+        await asyncio.sleep(1)
+        await pool.aclose()
+
+    simulate(work)
+    assert [(r.levelname, r.exc_info and r.exc_info[0]) for r in caplog.records] == [("ERROR", Abort)]
+
+
 @simulated
 async def test_inventing_classes_gets_nobody_more_than_one_ceiling_and_takes_nothing_from_kept_ones(clock: Clock) -> None:
     shop, pool = await started(clock)

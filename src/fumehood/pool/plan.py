@@ -7,7 +7,7 @@ the window is how many claims came faster than they could be replaced. Target: `
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from fumehood.pool.breaker import Breaker
@@ -110,6 +110,12 @@ def _changes_at(facts: Facts, settings: PoolSettings, now: float) -> float:
     """When the next of the warm ones may be old enough, or the target sink. Never, while no more are warm than must be."""
     if len(facts.warm) <= min(facts.floor, facts.ceiling):
         return math.inf
-    times = [since + settings.idle_s for since in facts.warm] + [at + settings.window_s for at in facts.arrivals]
-    times += [facts.arrivals[-1] + settings.idle_s] if facts.arrivals else []
-    return min((at for at in times if at > now), default=math.inf)
+    oldest = _first((since + settings.idle_s for since in facts.warm), now)
+    leaves = _first((at + settings.window_s for at in facts.arrivals), now)
+    idle = _first((at + settings.idle_s for at in facts.arrivals[-1:]), now)
+    return min(oldest, leaves, idle)
+
+
+def _first(times: Iterable[float], now: float) -> float:
+    """Of ascending times the first that is still to come."""
+    return next((at for at in times if at > now), math.inf)
