@@ -56,7 +56,8 @@ ROOMS: Mapping[str, tuple[tuple[str, ...], str]] = {
         "the service joins the rooms and is below every face",
     ),
     "gateway": (
-        (*NOUNS, "config", "policy", "service", "lease", "live", "execution", "bus", "agent.wire", "runtime.link", "gateway"),
+        (*NOUNS, "config", "policy", "service", "lease", "live", "execution", "bus", "store", "agent.wire", "runtime.link",
+         "mcp", "gateway"),
         "HTTP reaches a sandbox through the service only",
     ),
     "client": (

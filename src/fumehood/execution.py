@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import codecs
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -29,10 +29,14 @@ class OutputOverflow(Exception):
 
 @dataclass
 class Sinks:
-    """Called as things arrive: `output(name, text)`, name stdout or stderr; `result(RichResult)`."""
+    """Called as things arrive: `output(name, text)`, name stdout or stderr; `result(RichResult)`.
+
+    `room()` is awaited before more is read: a slow listener slows the program, and the host holds no more for it (H15).
+    """
 
     output: Callable[[str, str], None] | None = None
     result: Callable[[RichResult], None] | None = None
+    room: Callable[[], Awaitable[None]] | None = None
 
 
 @dataclass
@@ -132,6 +136,8 @@ async def follow(link: Link, stream: Stream, capture: Capture, timeout_s: float,
         async with asyncio.timeout(timeout_s):
             async for frame in stream:
                 capture.take(frame, link)
+                if capture.sinks.room is not None:
+                    await capture.sinks.room()
         done.end = stream.ok
     except TimeoutError:
         done.ended = "timeout"
