@@ -56,6 +56,18 @@ async def test_a_burst_is_followed_by_a_fifth_more_than_it_and_idleness_by_the_f
 
 
 @simulated
+async def test_claims_that_a_make_fits_between_want_no_more_than_one_at_a_time(clock: Clock) -> None:
+    """How long a make takes is known from the first one on."""
+    shop, pool = await started(clock)
+    for _ in range(6):
+        assert shop.claim(pool, "k")
+        assert row(pool, "k")["target"] == 2
+        await asyncio.sleep(MAKE_S * 1.5)
+    await pool.aclose()
+    shop.nothing_left()
+
+
+@simulated
 async def test_a_class_asked_for_twice_becomes_warm_and_goes_when_idle(clock: Clock) -> None:
     shop, pool = await started(clock)
     assert shop.claim(pool, "other") is None
