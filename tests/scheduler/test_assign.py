@@ -41,11 +41,12 @@ def test_each_ask_has_one_outcome_and_only_those_past_their_deadline_expire(mome
 @given(moments())
 def test_what_fits_is_left_waiting_only_behind_a_large_ask_that_has_waited_long(moment: Moment):
     after = moment.after(moment.decide())
-    too_large = [ask for ask in after.waiting if aged(ask) and ask.memory_bytes > after.memory]
+    old = [ask for ask in after.waiting if aged(ask)]
     for ask in filter(after.fits, after.waiting):
-        own = any(large.tenant == ask.tenant and before(large, ask) for large in too_large)
+        behind_its_own = any(other.tenant == ask.tenant and before(other, ask) for other in old)
         takes_what_is_kept = ask.memory_bytes > 0 or after.places == 1
-        assert own or (takes_what_is_kept and any(large.tenant != ask.tenant for large in too_large))
+        kept = any(other.tenant != ask.tenant and other.memory_bytes > after.memory for other in old)
+        assert behind_its_own or (takes_what_is_kept and kept)
 
 
 @UNTIMED
@@ -115,3 +116,9 @@ def test_nothing_is_kept_for_an_ask_that_waits_for_its_own_tenants_places():
     waiting = numbered([Ask("a", NOW - 9, 0, MEMORY), Ask("b", NOW, 0, 2)])
     decision = assign(waiting, {"a": Held(1, 4, 0.0)}, Capacity(3, MEMORY), NOW)
     assert [ask.tenant for ask in decision.start] == ["b"]
+
+
+def test_a_share_is_the_greater_of_places_and_memory():
+    waiting = numbered([Ask("a", NOW - 1, 0, 1), Ask("b", NOW, 0, 1)])
+    decision = assign(waiting, {"a": Held(1, 6, 0.0), "b": Held(2, 2, 0.0)}, Capacity(8, MEMORY), NOW)
+    assert [ask.tenant for ask in decision.start] == ["b", "a"]

@@ -8,7 +8,7 @@
 | tenants     | two with equal demand hold places that differ by at most one                                         |
 | one tenant  | earliest turn first; priority is worth at most 20 * AGEING_S of waiting                              |
 | large asks  | after RESERVE_AFTER_S of waiting, what is freed is kept for them, one at a time in fair order        |
-| idle room   | what fits does not wait, unless behind such an ask; a tenant at its cap holds up nobody else         |
+| idle room   | what fits waits only to leave what is kept, or behind an old ask of its own tenant, not for a cap     |
 | queue       | never longer than queue_limit; one tenant can't keep others out of it; QueueFull says when to retry  |
 | deadline    | wait_s counts from arrival, on the server; wait_s=0 never passes one who waits for the same room     |
 | cancelling  | leaves the queue; a place granted in the same tick comes back                                        |
