@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from fumehood.live import Live
 from fumehood.model import SandboxState
-from fumehood.records import OnExpiry, SandboxRecord
+from fumehood.records import Caller, OnExpiry, SandboxRecord
 
 
 @dataclass(eq=False)
@@ -45,6 +45,11 @@ class Lease:
     @property
     def id(self) -> str:
         return self.live.id
+
+    @property
+    def owner(self) -> Caller:
+        """The key that made it: whoever opens it with its own token acts as that."""
+        return Caller(self.tenant, self.key_id, frozenset({"sandboxes"}))
 
     @property
     def is_paused(self) -> bool:

@@ -6,7 +6,7 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -77,12 +77,20 @@ def complain(what: str, cause: str = "", remediation: str = "") -> None:
             print(f"{label}: {text}", file=sys.stderr)
 
 
-def drive(work: Coroutine[Any, Any, int], *, as_json: bool = False) -> None:
-    """Run a verb and leave with its code. Ctrl-C and SIGTERM cancel it, so that `async with` ends the sandbox first."""
+def _run(work: Coroutine[Any, Any, int]) -> int:
     import asyncio  # --help does not need it, and it is a third of what --help would take
 
+    return asyncio.run(_until_terminated(work))
+
+
+def drive(
+    work: Coroutine[Any, Any, int], *, as_json: bool = False, run: Callable[[Coroutine[Any, Any, int]], int] = _run
+) -> None:
+    """Run a verb and leave with its code. Ctrl-C and SIGTERM cancel it, so that `async with` ends the sandbox first (unless
+    `run` has a loop and signals of its own).
+    """
     try:
-        code = asyncio.run(_until_terminated(work))
+        code = run(work)
     except FumehoodError as error:
         code = failure_code(error)
         if as_json:

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Self
 
@@ -17,7 +18,7 @@ from fumehood.config import Config
 from fumehood.errors import RateLimited
 from fumehood.execution import Sinks
 from fumehood.lease import Lease
-from fumehood.model import CodeRequest, ExecRequest, Result
+from fumehood.model import CodeRequest, ExecRequest, Protection, Result
 from fumehood.pool import PoolSettings
 from fumehood.records import Caller, ExecutionRecord, SandboxRecord
 from fumehood.runtime.tiers import TIERS
@@ -104,12 +105,21 @@ class Service:
             turn.release()
         return lease
 
-    async def run_once(self, caller: Caller, ask: CreateAsk, request: Request, sinks: Sinks = _NO_SINKS) -> Result:
+    async def run_once(
+        self,
+        caller: Caller,
+        ask: CreateAsk,
+        request: Request,
+        sinks: Sinks = _NO_SINKS,
+        *,
+        execution_id: str | None = None,
+    ) -> Result:
         """A sandbox for this one execution, ended before this returns."""
         wait = self._admission.wait(caller, ask.priority, ask.wait_s)
         lease, turn = await self._create(caller, replace(ask, on_expiry="kill", lease_s=None), wait)
         try:
-            return await self._executions.result(self._begin(lease, request, sinks, wait, turn=turn))
+            running = self._begin(lease, request, sinks, wait, execution_id=execution_id, turn=turn)
+            return await self._executions.result(running)
         finally:
             if turn is not None:
                 turn.release()
@@ -181,6 +191,10 @@ class Service:
         found = await self.store.sandboxes(caller.tenant, states=states, after=after, limit=limit)
         live = {lease.id: lease.record for lease in self._leases.of(caller.tenant)}
         return [live.get(record.id, record) for record in found]
+
+    async def record(self, caller: Caller, sandbox_id: str) -> SandboxRecord | None:
+        """Of one that ended, too; None when it is unknown, forgotten or another tenant's."""
+        return await self.store.sandbox(caller.tenant, sandbox_id)
 
     # -- executions
 
@@ -269,10 +283,9 @@ class Service:
             "records_lost": self.store.lost,
         }
 
-    def protections(self) -> list[dict[str, Any]]:
+    def protections(self) -> Sequence[Protection]:
         """Of the operator's own tier, as probed on this host."""
-        found = self.supervisor.runtime(self.config.tier).capabilities().protections
-        return [{"name": p.name, "state": str(p.state), "detail": p.detail, "fix": p.fix} for p in found]
+        return self.supervisor.runtime(self.config.tier).capabilities().protections
 
     def _check_key(self, caller: Caller) -> None:
         bound = caller.limits.sandboxes

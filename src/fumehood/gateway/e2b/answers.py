@@ -1,16 +1,13 @@
-"""Bodies in, answers out: plain ASGI, so that a stream can be broken off in the middle, which is what a kill must look like."""
+"""Bodies in, answers out, in E2B's own words."""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import json
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
 
 from fumehood.errors import FumehoodError
 
@@ -79,48 +76,3 @@ async def body(request: Request, limit_bytes: int) -> bytes:
         if len(read) > limit_bytes:
             raise TooLarge(limit_bytes)
     return bytes(read)
-
-
-async def pour(
-    scope: Scope, receive: Receive, send: Send, content_type: str, chunks: AsyncGenerator[bytes, None], ended: asyncio.Event
-) -> None:
-    """200 and `chunks`, until they end, the client leaves, or the sandbox does.
-
-    In the last case the response stays without its end and the server closes the connection: a clean end would be taken
-    for the whole answer. Closing `chunks` is what stops the work behind them.
-    """
-    start = {
-        "type": "http.response.start",
-        "status": 200,
-        "headers": [(b"content-type", content_type.encode()), (b"cache-control", b"no-store")],
-    }
-    await send(start)
-    sending = asyncio.create_task(_send(send, chunks))
-    left, over = asyncio.create_task(_left(receive)), asyncio.create_task(ended.wait())
-    try:
-        await asyncio.wait({sending, left, over}, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for task in (sending, left, over):
-            task.cancel()
-        await asyncio.wait({sending, left, over})
-    if sending.cancelled():
-        return
-    if (failure := sending.exception()) is not None and not isinstance(failure, BrokenOff | OSError):
-        raise failure
-
-
-class BrokenOff(Exception):
-    """The answer can't be completed: the connection is to be closed instead."""
-
-
-async def _send(send: Send, chunks: AsyncGenerator[bytes, None]) -> None:
-    async with contextlib.aclosing(chunks):
-        async for chunk in chunks:
-            if chunk:
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
-    await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-async def _left(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

@@ -6,11 +6,11 @@ from datetime import datetime
 from typing import Annotated, Any, TypeVar
 from urllib.parse import parse_qsl, unquote
 
-from fumehood.service import CreateAsk
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from starlette.requests import Request
 
 from fumehood.records import Caller
+from fumehood.service import CreateAsk
 
 from .answers import Refusal
 

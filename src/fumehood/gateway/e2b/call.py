@@ -9,13 +9,13 @@ import hashlib
 import hmac
 from dataclasses import dataclass
 
-from fumehood.lease import Lease
-from fumehood.service import Service
 from starlette.requests import Request
 
 from fumehood.errors import SandboxGone
+from fumehood.lease import Lease
 from fumehood.records import Caller
 from fumehood.runtime.link import Link, Stream
+from fumehood.service import Service
 
 from .connect import Fault
 
@@ -35,11 +35,7 @@ class Call:
     @property
     def caller(self) -> Caller:
         """The key that made the sandbox: the data plane knows nobody else."""
-        return owner(self.lease)
-
-
-def owner(lease: Lease) -> Caller:
-    return Caller(lease.tenant, lease.key_id, frozenset({"sandboxes"}))
+        return self.lease.owner
 
 
 def traffic_token(lease: Lease) -> str:

@@ -6,14 +6,14 @@ import re
 import time
 from collections.abc import Awaitable, Callable
 
-from fumehood.lease import Lease
-from fumehood.service import Service
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from fumehood.errors import FumehoodError, Unsupported
+from fumehood.lease import Lease
 from fumehood.records import Caller
+from fumehood.service import Service
 
 from . import views
 from .answers import Refusal, body, json_answer, refusal_of, refused

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import hashlib
 import time
@@ -10,17 +9,17 @@ import zlib
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
-from fumehood.lease import Lease
 from python_multipart.multipart import parse_options_header
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from fumehood.agent import wire
 from fumehood.errors import FileFault, FumehoodError, InvalidInput
-from fumehood.runtime.link import Link
+from fumehood.gateway.pour import BrokenOff, pour
+from fumehood.gateway.writing import Writing
+from fumehood.lease import Lease
 
-from .answers import BrokenOff, Refusal, TooLarge, gone, json_answer, pour, refusal_of, refused
+from .answers import Refusal, TooLarge, gone, json_answer, refusal_of, refused
 from .call import Call, check_user, leave, same
 from .connect import Fault
 from .form import Form
@@ -111,37 +110,6 @@ async def _download(call: Call, scope: Scope, receive: Receive, send: Send) -> R
         await leave(stream)
 
 
-class _Writing:
-    """One files.write. A failure inside (no space) is seen at the next write, not after the last of a gigabyte."""
-
-    def __init__(self, link: Link, path: str) -> None:
-        self._link, self._path = link, path
-
-    async def open(self) -> _Writing:
-        self._stream = await self._link.open("files.write", path=self._path)
-        self._ending = asyncio.create_task(self._stream.result())
-        return self
-
-    async def write(self, data: bytes) -> None:
-        if self._ending.done():
-            self._ending.result()
-        await self._stream.send(data, wire.FILE)
-
-    async def finish(self) -> dict[str, Any]:
-        await self._stream.close_input()
-        entry = wire.table((await self._ending).get("entry"))
-        return {"path": entry.get("path"), "name": entry.get("name"), "type": "file"}
-
-    async def abandon(self) -> None:
-        """Half of a new file is worse than none: the agent removes it."""
-        if not self._ending.done():
-            if not self._link.lost:
-                await self._stream.cancel()
-            self._ending.cancel()
-        await asyncio.wait({self._ending})
-        self._stream.abandon()
-
-
 async def _upload(call: Call) -> list[dict[str, Any]]:
     headers = call.request.headers
     if any(name.lower().startswith("x-metadata-") for name in headers):
@@ -152,11 +120,11 @@ async def _upload(call: Call) -> list[dict[str, Any]]:
         return await _parts(call, pieces, options.get(b"boundary", b""))
     if kind != b"application/octet-stream":
         raise Refusal(400, "the content type must be multipart/form-data or application/octet-stream")
-    writing = await _Writing(call.link, _path(call.request)).open()
+    writing = await Writing(call.link, _path(call.request)).open()
     try:
         async for piece in pieces:
             await writing.write(piece)
-        return [await writing.finish()]
+        return [_written(await writing.finish())]
     finally:
         await writing.abandon()
 
@@ -203,11 +171,11 @@ async def _parts(call: Call, pieces: AsyncIterator[bytes], boundary: bytes) -> l
                 if kind == "file":
                     if asked and written:
                         raise Refusal(400, "with a path in the query there can be one file")
-                    writing = await _Writing(call.link, asked or data.decode("utf-8", "surrogateescape")).open()
+                    writing = await Writing(call.link, asked or data.decode("utf-8", "surrogateescape")).open()
                 elif kind == "data" and writing:
                     await writing.write(data)
                 elif kind == "end" and writing:
-                    written.append(await writing.finish())
+                    written.append(_written(await writing.finish()))
                     await writing.abandon()
                     writing = None
     finally:
@@ -215,3 +183,7 @@ async def _parts(call: Call, pieces: AsyncIterator[bytes], boundary: bytes) -> l
             await writing.abandon()
     form.finish()
     return written
+
+
+def _written(entry: dict[str, Any]) -> dict[str, Any]:
+    return {"path": entry.get("path"), "name": entry.get("name"), "type": "file"}

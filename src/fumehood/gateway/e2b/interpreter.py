@@ -15,9 +15,10 @@ from starlette.types import Receive, Scope, Send
 from fumehood.agent import wire
 from fumehood.errors import FumehoodError, InvalidInput, NotFound
 from fumehood.execution import Sinks
+from fumehood.gateway.pour import BrokenOff, pour
 from fumehood.model import CodeRequest, Result
 
-from .answers import BrokenOff, Refusal, body, gone, json_answer, pour, status_of
+from .answers import Refusal, body, gone, json_answer, status_of
 from .call import Call
 from .connect import Fault, parse, tables, text
 from .mime import result_line

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from fumehood.lease import Lease
-from fumehood.service import Service
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from fumehood.errors import FumehoodError
+from fumehood.lease import Lease
+from fumehood.service import Service
 
 from . import files, interpreter
 from .answers import Refusal, gone, refused
-from .call import Call, owner, same, traffic_token
+from .call import Call, same, traffic_token
 from .rpc import Procedures
 
 ENVD_PORT, INTERPRETER_PORT = 49983, 49999
@@ -54,7 +54,7 @@ class Plane:
         if port not in (ENVD_PORT, INTERPRETER_PORT):
             return refused(Refusal(502, f"The sandbox is running but port is not open: {port}"))
         try:
-            lease = await self._service.awake(owner(lease), lease.id)
+            lease = await self._service.awake(lease.owner, lease.id)
         except FumehoodError as e:
             if e.code in _NOT_THERE:
                 return gone(lease.id)

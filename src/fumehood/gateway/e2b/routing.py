@@ -9,9 +9,10 @@ import re
 from collections.abc import Mapping
 from urllib.parse import parse_qs
 
-from fumehood.service import Service
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
+
+from fumehood.service import Service
 
 from .control import PREFIXES, Authenticate, Control
 from .plane import Plane

@@ -11,9 +11,10 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from fumehood.errors import FumehoodError
+from fumehood.gateway.pour import BrokenOff, pour
 
 from . import filesystem, process
-from .answers import BrokenOff, Refusal, body, gone, json_answer, pour
+from .answers import Refusal, body, gone, json_answer
 from .call import Call, basic_user, check_user
 from .connect import (
     MAX_FRAME_BYTES,

@@ -7,9 +7,9 @@ import time
 from datetime import UTC, datetime
 from typing import Any
 
-from fumehood.lease import Lease
 from starlette.requests import Request
 
+from fumehood.lease import Lease
 from fumehood.model import SandboxState
 
 from .call import traffic_token
