@@ -71,6 +71,7 @@ ROOMS: Mapping[str, tuple[tuple[str, ...], str]] = {
         (*NOUNS, "config", "policy", "client", "cli", "demo", "gateway", "mcp", "service", "store"),
         "verbs of the command line are thin over the client; serve starts the gateway, keys opens the store",
     ),
+    "__main__": (("cli",), "the command line by its other name"),
     "__init__": (("client.sandbox", "errors", "model", "policy.rules"), "the package shows public names, lazily"),
 }  # fmt: skip
 

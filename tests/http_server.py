@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 START_S, STOP_S = 60.0, 30.0
-COMMAND = [sys.executable, "-m", "fumehood.cli", "serve"]
+COMMAND = [sys.executable, "-m", "fumehood", "serve"]
 
 
 @dataclass
