@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fumehood.pool.breaker import FIRST_S, LONGEST_S, THRESHOLD, Breaker
@@ -19,14 +19,15 @@ SETTINGS = PoolSettings(floor=2, ceiling=32, headroom=1.2, idle_s=30.0)
 QUIET = Facts((), (), 0, 0.1, -math.inf, 0, 32, Breaker())
 OPEN, HALF_OPEN = Breaker(THRESHOLD, NOW + 5), Breaker(THRESHOLD, NOW - 5)
 
-times = st.lists(st.floats(NOW - 60, NOW), max_size=40).map(sorted)
-settings = st.builds(
+UNTIMED = settings(deadline=None)  # the machine is shared
+TIMES = st.lists(st.floats(NOW - 60, NOW), max_size=40).map(sorted)
+PLANNED = st.builds(
     PoolSettings, st.just(0), st.just(0), headroom=st.floats(1, 10), idle_s=st.floats(0.1, 100), window_s=st.floats(0.1, 100)
 )
-facts = st.builds(
+FACTS = st.builds(
     Facts,
-    arrivals=times,
-    warm=times,
+    arrivals=TIMES,
+    warm=TIMES,
     making=st.integers(0, 3),
     make_s=st.floats(1e-3, 30),
     made_at=st.floats(NOW - 60, NOW),
@@ -41,29 +42,32 @@ def at(*ago: float) -> tuple[float, ...]:
     return tuple(NOW - s for s in sorted(ago, reverse=True))
 
 
-@given(facts, settings)
-def test_never_above_the_ceiling_and_never_below_a_floor_that_the_ceiling_allows(facts: Facts, settings: PoolSettings) -> None:
-    step = plan(facts, settings, NOW)
+@UNTIMED
+@given(FACTS, PLANNED)
+def test_never_above_the_ceiling_and_never_below_a_floor_that_the_ceiling_allows(facts: Facts, asked: PoolSettings) -> None:
+    step = plan(facts, asked, NOW)
     assert min(facts.floor, facts.ceiling) <= step.target <= facts.ceiling
     held = len(facts.warm) + facts.making
     assert held + step.make <= max(held, facts.ceiling)
     assert len(facts.warm) - step.reclaim >= min(len(facts.warm), step.target)
 
 
-@given(facts, settings)
-def test_it_makes_or_reclaims_or_says_when_to_look_again_in_the_future(facts: Facts, settings: PoolSettings) -> None:
-    step = plan(facts, settings, NOW)
+@UNTIMED
+@given(FACTS, PLANNED)
+def test_it_makes_or_reclaims_or_says_when_to_look_again_in_the_future(facts: Facts, asked: PoolSettings) -> None:
+    step = plan(facts, asked, NOW)
     assert step.make >= 0 and step.reclaim >= 0
     assert not (step.make and step.reclaim)
     assert step.look_at > NOW
 
 
-@given(facts, settings)
-def test_what_is_not_done_now_is_done_at_the_time_it_names(facts: Facts, settings: PoolSettings) -> None:
+@UNTIMED
+@given(FACTS, PLANNED)
+def test_what_is_not_done_now_is_done_at_the_time_it_names(facts: Facts, asked: PoolSettings) -> None:
     """Nothing is forgotten for ever: followed from look to look without new claims, a class ends at its floor exactly."""
     facts, now = replace(facts, making=0, running=False), NOW
     for _ in range(300):
-        step = plan(facts, settings, now)
+        step = plan(facts, asked, now)
         warm = [*facts.warm[step.reclaim :], *([now] * step.make)]
         facts = replace(facts, warm=warm, breaker=Breaker() if step.make else facts.breaker)
         if not step.make and not step.reclaim:
@@ -74,22 +78,25 @@ def test_what_is_not_done_now_is_done_at_the_time_it_names(facts: Facts, setting
     assert len(facts.warm) == floor
 
 
-@given(facts, settings)
-def test_an_open_breaker_makes_nothing_and_a_half_open_one_tries_one(facts: Facts, settings: PoolSettings) -> None:
-    made = plan(replace(facts, breaker=OPEN), settings, NOW).make
-    tried = plan(replace(facts, breaker=HALF_OPEN), settings, NOW).make
+@UNTIMED
+@given(FACTS, PLANNED)
+def test_an_open_breaker_makes_nothing_and_a_half_open_one_tries_one(facts: Facts, asked: PoolSettings) -> None:
+    made = plan(replace(facts, breaker=OPEN), asked, NOW).make
+    tried = plan(replace(facts, breaker=HALF_OPEN), asked, NOW).make
     assert made == 0
     assert tried + facts.making <= max(1, facts.making)
 
 
-@given(facts, settings)
-def test_more_claims_never_want_fewer(facts: Facts, settings: PoolSettings) -> None:
+@UNTIMED
+@given(FACTS, PLANNED)
+def test_more_claims_never_want_fewer(facts: Facts, asked: PoolSettings) -> None:
     """An arrival at the end of the series can only raise the target."""
     more = replace(facts, arrivals=[*facts.arrivals, NOW])
-    assert plan(more, settings, NOW).target >= plan(facts, settings, NOW).target
+    assert plan(more, asked, NOW).target >= plan(facts, asked, NOW).target
 
 
-@given(times, st.floats(1e-3, 30))
+@UNTIMED
+@given(TIMES, st.floats(1e-3, 30))
 def test_the_peak_is_at_most_the_claims_and_slower_makes_raise_it(arrivals: list[float], make_s: float) -> None:
     level = peak(arrivals, make_s)
     assert min(1, len(arrivals)) <= level <= len(arrivals)
@@ -127,6 +134,14 @@ def test_what_can_not_be_made_keeps_nobody_from_giving_back_what_is_idle() -> No
     stuck = replace(QUIET, arrivals=at(*[20] * 5), warm=at(40, 40), breaker=Breaker(9, NOW + 60))
     assert plan(stuck, SETTINGS, NOW) == Plan(target=6, look_at=NOW + 10)
     assert plan(stuck, SETTINGS, NOW + 10).reclaim == 2
+
+
+@pytest.mark.parametrize(("window_s", "idle_s"), [(30, 100), (100, 30)], ids=["it leaves the window", "the class is idle"])
+def test_what_a_burst_needed_is_looked_at_when_the_burst_is_over(window_s: float, idle_s: float) -> None:
+    asked = replace(SETTINGS, window_s=window_s, idle_s=idle_s)
+    burst = replace(QUIET, arrivals=at(*[10] * 5), warm=at(*[200] * 6))
+    assert plan(burst, asked, NOW) == Plan(target=6, look_at=NOW + 20)
+    assert plan(burst, asked, NOW + 20).reclaim == 6
 
 
 def test_refill_rests_the_longer_the_fuller_the_class_is() -> None:

@@ -186,7 +186,8 @@ def test_closing_at_any_step_of_a_make_leaves_nothing(fault: str | None, after_s
         await pool.aclose()
         await waits
         shop.nothing_left()
-        assert pool.claim("k") is None
+        assert pool.claim("k") is None and pool.claim("new") is None
+        assert fault == "raises" or row(pool, "k")["failed"] == 0, "to be cancelled is no failure"
         assert [r["warm"] + r["making"] for r in pool.snapshot()] == [0, 0, 0]
 
     simulate(work)
@@ -249,6 +250,7 @@ async def test_inventing_classes_gets_nobody_more_than_one_ceiling_and_takes_not
         assert len(rows) <= SETTINGS.max_classes
         most = max(most, sum(r["warm"] + r["making"] for r in rows if r["class"] != "k"))
         assert row(pool, "k")["warm"] == 2
+        assert sum(shop.now_making.values()) <= 1, "one after the other"
     assert 0 < most <= SETTINGS.ceiling
     assert len(asyncio.all_tasks()) <= SETTINGS.max_classes + SETTINGS.ceiling + 2
     await pool.aclose()
@@ -262,6 +264,44 @@ async def test_asking_once_for_each_of_a_thousand_classes_makes_nothing(clock: C
         shop.claim(pool, f"invented {number}")
         await asyncio.sleep(0.01)
     assert set(shop.keys) == {"k"}
+    await pool.aclose()
+    shop.nothing_left()
+
+
+@simulated
+async def test_the_class_that_was_not_used_for_longest_is_forgotten_but_never_a_kept_one(clock: Clock) -> None:
+    shop = Workshop(clock, fault="raises at once")
+    pool = shop.pool(replace(SETTINGS, max_classes=3))
+    pool.keep("k")
+    pool.start()
+    await pool.ready("k")
+    for key in ("a", "b", "a", "c"):
+        pool.claim(key)
+    assert [r["class"] for r in pool.snapshot()] == ["k", "a", "c"]
+    await pool.aclose()
+
+
+@simulated
+async def test_when_every_class_has_something_a_new_one_is_a_cold_start_and_leaves_no_trace(clock: Clock) -> None:
+    shop = Workshop(clock)
+    pool = shop.pool(replace(SETTINGS, max_classes=1))
+    pool.start()
+    assert pool.claim("a") is None and pool.claim("a") is None
+    await asyncio.sleep(5)
+    assert pool.claim("b") is None
+    assert [r["class"] for r in pool.snapshot()] == ["a"]
+    await pool.aclose()
+    shop.nothing_left()
+
+
+@simulated
+async def test_a_class_can_be_kept_after_it_was_asked_for(clock: Clock) -> None:
+    shop, pool = await started(clock)
+    pool.claim("late")
+    await asyncio.sleep(60)
+    pool.keep("late")
+    await pool.ready("late")
+    assert row(pool, "late")["warm"] == SETTINGS.floor
     await pool.aclose()
     shop.nothing_left()
 
