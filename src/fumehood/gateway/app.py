@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -13,24 +10,23 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fumehood import __version__
 from fumehood.errors import FumehoodError, InvalidInput, NotFound, Unsupported
-from fumehood.gateway import admin, contexts, e2b, executions, files, problems, sandboxes, schema, sockets
+from fumehood.gateway import admin, answers, contexts, e2b, executions, files, problems, sandboxes, schema, sockets
 from fumehood.gateway.auth import Authenticator
+from fumehood.gateway.document import PROBLEMS, Api, operation_id
 from fumehood.gateway.door import Door, TooLarge, locked
 from fumehood.service import Service
 
-_PROBLEM: dict[int | str, dict[str, Any]] = {
-    code: {"model": schema.Problem, "content": {problems.MEDIA_TYPE: {}}} for code in ("4XX", "5XX")
-}
 
 
 def create_app(service: Service, authenticate: Authenticator, mcp: ASGIApp | None = None) -> Door:
     """The ASGI app that `serve` serves; `mcp` at /mcp, behind the same keys."""
-    api = FastAPI(
+    api = Api(
         title="fumehood",
         version=__version__,
         docs_url=None,
         redoc_url=None,
-        responses=_PROBLEM,
+        responses=PROBLEMS,
+        generate_unique_id_function=operation_id,
         exception_handlers={
             FumehoodError: _problem,
             RequestValidationError: _invalid,

@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from fumehood.errors import InvalidInput
 from fumehood.execution import Sinks
-from fumehood.gateway import schema
+from fumehood.gateway import answers, schema
 from fumehood.gateway.call import Call, Called, answer, execution, page, until_gone
 from fumehood.gateway.feed import Event, as_sse, follow
 from fumehood.gateway.once import Claim, Done, once
@@ -27,8 +27,8 @@ from fumehood.service import new_id, to_json
 router = APIRouter(tags=["executions"])
 Work = Callable[[Sinks], Coroutine[Any, Any, Result]]
 _SSE = "text/event-stream"
-_WAITED: dict[int | str, dict[str, Any]] = {200: {"model": schema.Result, "content": {_SSE: {}}}}
-_EXECUTED: dict[int | str, dict[str, Any]] = {**_WAITED, 202: {"model": schema.Execution}}
+_WAITED: dict[int | str, dict[str, Any]] = {200: {"model": answers.Result, "content": {_SSE: {}}}}
+_EXECUTED: dict[int | str, dict[str, Any]] = {**_WAITED, 202: {"model": answers.Execution}}
 
 
 @router.post("/v1/run", responses=_WAITED)
@@ -55,7 +55,7 @@ async def exec_(call: Called, sandbox_id: str, body: schema.Exec, request: Reque
     return await _execute(call, sandbox_id, program_of(body), body, request)
 
 
-@router.get("/v1/executions", response_model=schema.Executions)
+@router.get("/v1/executions", response_model=answers.Executions)
 async def list_(
     call: Called,
     sandbox_id: str | None = None,
@@ -67,13 +67,13 @@ async def list_(
     return answer({"executions": [execution(record) for record in found], "next": page(found, limit)})
 
 
-@router.get("/v1/executions/{execution_id}", response_model=schema.Execution)
+@router.get("/v1/executions/{execution_id}", response_model=answers.Execution)
 async def get(call: Called, execution_id: str) -> Response:
     """With its result, once it is done."""
     return answer(execution(await call.service.execution(call.caller, execution_id), with_result=True))
 
 
-@router.delete("/v1/executions/{execution_id}", status_code=202, response_model=schema.Execution)
+@router.delete("/v1/executions/{execution_id}", status_code=202, response_model=answers.Execution)
 async def cancel(call: Called, execution_id: str) -> Response:
     """Stops its program; its record then says `cancelled`. Nothing happens to one that has ended."""
     await call.service.cancel(call.caller, execution_id)

@@ -11,8 +11,9 @@ from starlette.requests import HTTPConnection, Request
 from starlette.responses import Response
 
 from fumehood.errors import FumehoodError, Unauthenticated
-from fumehood.gateway import schema, signed
+from fumehood.gateway import answers, schema, signed
 from fumehood.gateway.call import Call, Called, answer, empty, path_of
+from fumehood.gateway.document import NO_KEY
 from fumehood.gateway.pour import BrokenOff, Pour
 from fumehood.gateway.writing import Writing
 from fumehood.lease import Lease
@@ -26,7 +27,7 @@ _Path = Annotated[str, Query(min_length=1, description="inside the sandbox; ~ an
 _Number = Annotated[int | None, Query(ge=0, le=1 << 62)]
 
 
-@router.get(_BASE, responses=_BYTES)
+@router.get(_BASE, responses=_BYTES, response_class=Response)
 async def read(
     call: Called, sandbox_id: str, path: _Path, request: Request, offset: _Number = None, length: _Number = None
 ) -> Response:
@@ -36,7 +37,7 @@ async def read(
     return await download(lease.live.link, path_of(request), part)
 
 
-@router.put(_BASE, response_model=schema.Entry)
+@router.put(_BASE, response_model=answers.Entry)
 async def write(
     call: Called, sandbox_id: str, path: _Path, request: Request, mode: Annotated[int | None, Query(ge=0, le=0o777)] = None
 ) -> Response:
@@ -52,7 +53,7 @@ async def remove(call: Called, sandbox_id: str, path: _Path, request: Request) -
     return empty()
 
 
-@router.get(_BASE + "/stat", response_model=schema.Entry)
+@router.get(_BASE + "/stat", response_model=answers.Entry)
 async def stat(call: Called, sandbox_id: str, path: _Path, request: Request) -> Response:
     return answer((await _verb(call, sandbox_id, "files.stat", path=path_of(request)))["entry"])
 
@@ -71,12 +72,12 @@ async def list_(
     return answer({"entries": entries, "truncated": bool(stream.ok.get("truncated"))})
 
 
-@router.post(_BASE + "/mkdir", response_model=schema.Entry)
+@router.post(_BASE + "/mkdir", response_model=answers.Entry)
 async def mkdir(call: Called, sandbox_id: str, body: schema.Mkdir) -> Response:
     return answer((await _verb(call, sandbox_id, "files.mkdir", path=body.path))["entry"])
 
 
-@router.post(_BASE + "/move", response_model=schema.Entry)
+@router.post(_BASE + "/move", response_model=answers.Entry)
 async def move(call: Called, sandbox_id: str, body: schema.Move) -> Response:
     return answer((await _verb(call, sandbox_id, "files.move", source=body.source, destination=body.destination))["entry"])
 
@@ -89,13 +90,13 @@ async def sign(call: Called, sandbox_id: str, body: schema.Sign, request: Reques
     return answer({"url": f"{call.service.config.public_url.rstrip('/')}/v1/signed/{token}"})
 
 
-@router.get("/v1/signed/{token}", responses=_BYTES)
+@router.get("/v1/signed/{token}", responses=_BYTES, response_class=Response, openapi_extra=NO_KEY)
 async def signed_read(token: str, request: Request) -> Response:
     lease, path = await _opened(request, token, "GET")
     return await download(lease.live.link, path, {})
 
 
-@router.put("/v1/signed/{token}", response_model=schema.Entry)
+@router.put("/v1/signed/{token}", response_model=answers.Entry)
 async def signed_write(token: str, request: Request) -> Response:
     lease, path = await _opened(request, token, "PUT")
     return answer(await upload(lease.live.link, path, request, None))

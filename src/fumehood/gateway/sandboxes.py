@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from fumehood.errors import NotFound, Unsupported
-from fumehood.gateway import schema
+from fumehood.gateway import answers, schema
 from fumehood.gateway.call import Call, Called, answer, empty, page, shown, until_gone
 from fumehood.gateway.once import Done, once
 from fumehood.model import SandboxState
@@ -21,7 +21,7 @@ _LIVE = frozenset(str(state) for state in SandboxState if state is not SandboxSt
 _Page = Annotated[int, Query(ge=1, le=1000)]
 
 
-@router.post("", status_code=201, response_model=schema.Opened)
+@router.post("", status_code=201, response_model=answers.Opened)
 async def create(call: Called, body: schema.NewSandbox, request: Request) -> Response:
     """A ready sandbox. It is taken back when the caller goes away before the answer."""
 
@@ -32,7 +32,7 @@ async def create(call: Called, body: schema.NewSandbox, request: Request) -> Res
     return (await once(call, request, done)).response()
 
 
-@router.get("", response_model=schema.Sandboxes)
+@router.get("", response_model=answers.Sandboxes)
 async def list_(call: Called, state: SandboxState | None = None, after: str | None = None, limit: _Page = 100) -> Response:
     """Newest first. Without `state` those that live; with `stopped` those that have ended."""
     states = _LIVE if state is None or state is not SandboxState.STOPPED else frozenset({str(state)})
@@ -42,7 +42,7 @@ async def list_(call: Called, state: SandboxState | None = None, after: str | No
     return answer({"sandboxes": rows, "next": page(found, limit)})
 
 
-@router.get("/{sandbox_id}", response_model=schema.Opened)
+@router.get("/{sandbox_id}", response_model=answers.Opened)
 async def get(call: Called, sandbox_id: str) -> Response:
     """One that ended, too, as long as its record is kept."""
     lease = call.service.find(sandbox_id)
@@ -54,7 +54,7 @@ async def get(call: Called, sandbox_id: str) -> Response:
     return answer({**asdict(record), "metadata": dict(record.metadata), "protections": []})
 
 
-@router.patch("/{sandbox_id}", response_model=schema.Opened)
+@router.patch("/{sandbox_id}", response_model=answers.Opened)
 async def extend(call: Called, sandbox_id: str, body: schema.Lease) -> Response:
     """Its lease now ends in so many seconds, sooner or later than before."""
     lease = call.lease(sandbox_id)
@@ -69,7 +69,7 @@ async def kill(call: Called, sandbox_id: str) -> Response:
     return empty()
 
 
-@router.post("/{sandbox_id}/pause", response_model=schema.Opened)
+@router.post("/{sandbox_id}/pause", response_model=answers.Opened)
 async def pause(call: Called, sandbox_id: str) -> Response:
     """Its processes stand still, and so does its lease."""
     lease = call.lease(sandbox_id)
@@ -77,7 +77,7 @@ async def pause(call: Called, sandbox_id: str) -> Response:
     return answer(shown(lease))
 
 
-@router.post("/{sandbox_id}/resume", response_model=schema.Opened)
+@router.post("/{sandbox_id}/resume", response_model=answers.Opened)
 async def resume(call: Called, sandbox_id: str) -> Response:
     lease = call.lease(sandbox_id)
     await call.service.resume(call.caller, lease)
@@ -106,7 +106,7 @@ async def rollback(call: Called, sandbox_id: str, body: schema.Rollback) -> Resp
     return empty()
 
 
-@router.post("/{sandbox_id}/fork", status_code=201, response_model=schema.Sandboxes)
+@router.post("/{sandbox_id}/fork", status_code=201, response_model=answers.Sandboxes)
 async def fork(call: Called, sandbox_id: str, body: schema.Fork) -> Response:
     """Where the tier can."""
     raise _no_fork(call, sandbox_id)

@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, TypeAdapter, ValidationError, WithJsonSchema
 
 from fumehood.errors import InvalidInput
-from fumehood.model import Result
 from fumehood.records import OnExpiry
 from fumehood.service import CreateAsk
 
@@ -192,80 +191,3 @@ def read(model: type[T] | TypeAdapter[T], value: object) -> T:
 
 def faults(errors: Sequence[Any]) -> str:
     return "; ".join(f"{'.'.join(str(part) for part in e['loc'])[:200]}: {e['msg'][:200]}" for e in errors[:8])
-
-
-# -- answers: for the document alone; what is sent is made of the records themselves
-
-
-class Problem(BaseModel):
-    """RFC 9457, with what fumehood knows beside."""
-
-    type: str
-    title: str
-    status: int
-    detail: str
-    code: str
-    message: str
-    cause: str
-    remediation: str
-    retryable: bool
-    request_id: str
-    details: dict[str, Any] = {}
-
-
-class Sandbox(BaseModel):
-    id: str
-    tenant: str
-    key_id: str
-    template: str
-    tier: str
-    policy: str
-    state: str
-    created_at: float
-    end_at: float
-    on_expiry: OnExpiry
-    auto_resume: bool
-    metadata: dict[str, str]
-    ended_at: float | None
-    cause: str
-
-
-class Opened(Sandbox):
-    protections: list[dict[str, Any]] = []
-    limits: dict[str, float] = {}
-
-
-class Sandboxes(BaseModel):
-    sandboxes: list[Sandbox]
-    next: str | None
-
-
-class Execution(BaseModel):
-    id: str
-    sandbox_id: str
-    tenant: str
-    kind: str
-    state: str
-    queued_at: float
-    started_at: float | None
-    finished_at: float | None
-    status: str | None
-    cause: str
-    result: Result | None = None
-
-
-class Executions(BaseModel):
-    executions: list[Execution]
-    next: str | None
-
-
-class Entry(BaseModel):
-    name: str
-    type: str
-    path: str
-    size: int
-    mode: int
-    owner: str
-    group: str
-    modified_s: float
-    target: str | None = None

@@ -230,18 +230,23 @@ class Service:
         turn: Grant | None = None,
     ) -> Running:
         """A timeout that was asked for counts from here: what is spent in the queue is not had afterwards (M11)."""
-        live, arrived_at = lease.live, time.monotonic()
+        live, waited_s = lease.live, 0.0
         live.deadline(request.timeout_s)
         if request.timeout_s is not None:
-            wait = replace(wait, deadline_at=min(wait.deadline_at, arrived_at + request.timeout_s))
+            wait = replace(wait, deadline_at=min(wait.deadline_at, time.monotonic() + request.timeout_s))
 
         async def granted() -> Grant:
-            return turn or await self._admission.turn(wait)
+            nonlocal waited_s
+            if turn is not None:
+                return turn
+            grant = await self._admission.turn(wait)
+            waited_s = grant.queue_ms / 1e3
+            return grant
 
         async def work() -> Result:
             now = request
             if request.timeout_s is not None:
-                now = replace(request, timeout_s=max(0.001, request.timeout_s - (time.monotonic() - arrived_at)))
+                now = replace(request, timeout_s=max(0.001, request.timeout_s - waited_s))
             return await (live.run(now, sinks) if isinstance(now, CodeRequest) else live.exec(now, sinks))
 
         kind = "code" if isinstance(request, CodeRequest) else "exec"
