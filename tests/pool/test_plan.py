@@ -21,7 +21,7 @@ OPEN, HALF_OPEN = Breaker(THRESHOLD, NOW + 5), Breaker(THRESHOLD, NOW - 5)
 
 UNTIMED = settings(deadline=None)  # the machine is shared
 TIMES = st.lists(st.floats(NOW - 60, NOW), max_size=40).map(sorted)
-PLANNED = st.builds(
+ASKED = st.builds(
     PoolSettings, st.just(0), st.just(0), headroom=st.floats(1, 10), idle_s=st.floats(0.1, 100), window_s=st.floats(0.1, 100)
 )
 FACTS = st.builds(
@@ -43,7 +43,7 @@ def at(*ago: float) -> tuple[float, ...]:
 
 
 @UNTIMED
-@given(FACTS, PLANNED)
+@given(FACTS, ASKED)
 def test_never_above_the_ceiling_and_never_below_a_floor_that_the_ceiling_allows(facts: Facts, asked: PoolSettings) -> None:
     step = plan(facts, asked, NOW)
     assert min(facts.floor, facts.ceiling) <= step.target <= facts.ceiling
@@ -53,7 +53,7 @@ def test_never_above_the_ceiling_and_never_below_a_floor_that_the_ceiling_allows
 
 
 @UNTIMED
-@given(FACTS, PLANNED)
+@given(FACTS, ASKED)
 def test_it_makes_or_reclaims_or_says_when_to_look_again_in_the_future(facts: Facts, asked: PoolSettings) -> None:
     step = plan(facts, asked, NOW)
     assert step.make >= 0 and step.reclaim >= 0
@@ -62,7 +62,7 @@ def test_it_makes_or_reclaims_or_says_when_to_look_again_in_the_future(facts: Fa
 
 
 @UNTIMED
-@given(FACTS, PLANNED)
+@given(FACTS, ASKED)
 def test_what_is_not_done_now_is_done_at_the_time_it_names(facts: Facts, asked: PoolSettings) -> None:
     """Nothing is forgotten for ever: followed from look to look without new claims, a class ends at its floor exactly."""
     facts, now = replace(facts, making=0, running=False), NOW
@@ -79,7 +79,7 @@ def test_what_is_not_done_now_is_done_at_the_time_it_names(facts: Facts, asked: 
 
 
 @UNTIMED
-@given(FACTS, PLANNED)
+@given(FACTS, ASKED)
 def test_an_open_breaker_makes_nothing_and_a_half_open_one_tries_one(facts: Facts, asked: PoolSettings) -> None:
     made = plan(replace(facts, breaker=OPEN), asked, NOW).make
     tried = plan(replace(facts, breaker=HALF_OPEN), asked, NOW).make
@@ -88,7 +88,7 @@ def test_an_open_breaker_makes_nothing_and_a_half_open_one_tries_one(facts: Fact
 
 
 @UNTIMED
-@given(FACTS, PLANNED)
+@given(FACTS, ASKED)
 def test_more_claims_never_want_fewer(facts: Facts, asked: PoolSettings) -> None:
     """An arrival at the end of the series can only raise the target."""
     more = replace(facts, arrivals=[*facts.arrivals, NOW])
