@@ -55,7 +55,7 @@ async def policy(call: Called, name: str) -> Response:
     return answer({**spec, "require": sorted(spec["require"])})
 
 
-@router.get("/v1/events", responses={200: {"content": {"text/event-stream": {}}}})
+@router.get("/v1/events", responses={200: {"content": {"text/event-stream": {}}}}, response_class=Response)
 async def events(call: Called, request: Request, all: bool = False) -> Response:
     """As they happen; after `Last-Event-ID` first what was missed. `all`: of every tenant, for admins."""
     if all:
@@ -99,7 +99,7 @@ async def status(call: AdminCalled) -> Response:
     return answer(call.service.status())
 
 
-@router.get("/metrics", tags=["admin"], responses={200: {"content": {"text/plain": {}}}})
+@router.get("/metrics", tags=["admin"], responses={200: {"content": {"text/plain": {}}}}, response_class=Response)
 async def metrics(call: AdminCalled, request: Request) -> Response:
     """For Prometheus."""
     return Response(exposition(call.service, request.app.state.answers), media_type=CONTENT_TYPE)

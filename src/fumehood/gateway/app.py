@@ -10,12 +10,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fumehood import __version__
 from fumehood.errors import FumehoodError, InvalidInput, NotFound, Unsupported
-from fumehood.gateway import admin, answers, contexts, e2b, executions, files, problems, sandboxes, schema, sockets
+from fumehood.gateway import admin, contexts, e2b, executions, files, problems, sandboxes, schema, sockets
 from fumehood.gateway.auth import Authenticator
 from fumehood.gateway.document import PROBLEMS, Api, operation_id
 from fumehood.gateway.door import Door, TooLarge, locked
 from fumehood.service import Service
-
 
 
 def create_app(service: Service, authenticate: Authenticator, mcp: ASGIApp | None = None) -> Door:
