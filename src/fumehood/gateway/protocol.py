@@ -1,0 +1,240 @@
+"""HTTP/1.1 as strangers may send it: uvicorn's protocol on llhttp, with the bounds that it lacks.
+
+llhttp refuses bare LF, folded headers, two Content-Lengths and a length beside Transfer-Encoding. Added here: the head is
+judged (head.py), what the client owes has deadlines, trailers are dropped (uvicorn adds them to the headers of a request that
+runs), pipelining has a bound, and a refusal never stands inside another answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Any, cast
+
+import httptools
+import uvicorn
+from uvicorn._types import ASGI3Application
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.server import ServerState
+
+from fumehood.gateway import refusal
+from fumehood.gateway.cycle import disconnect, send_failed, without_chunks
+from fumehood.gateway.head import MAX_HEAD_BYTES, Head, Refused
+from fumehood.gateway.refusal import Refusal
+
+MAX_PIPELINED = 8  # requests that wait for the answer before theirs; nobody needs more than one, each costs some KiB
+KEEP_ALIVE_S = 10  # idle; more than the 4 s of our own client, which should be the one that closes
+LINGER_S = 1.0  # a refused client may go on sending for so long: closed earlier, its kernel may drop the refusal unread
+MAX_TURNED_AWAY = 128  # that linger at once; more are dropped without a word
+_log = logging.getLogger("uvicorn.error")
+
+
+@dataclass(slots=True)
+class Door:
+    """How many may be inside. `turned_away` are those that only wait for their refusal to be read."""
+
+    max_connections: int
+    header_timeout_s: float
+    turned_away: int = 0
+
+
+class _At(Enum):
+    """Where in the client's bytes the connection is."""
+
+    HEAD = auto()
+    BODY = auto()
+    BETWEEN = auto()
+    DEAF = auto()  # what it sends is dropped; it ends with the answer to its last good request
+    LINGER = auto()  # refused
+
+
+class _Flow(FlowControl):
+    def __init__(self, transport: asyncio.Transport, resumed: Callable[[], None]) -> None:
+        super().__init__(transport)
+        self._resumed = resumed
+
+    def resume_reading(self) -> None:
+        self._resumed()
+        super().resume_reading()
+
+
+class Http(HttpToolsProtocol):
+    def __init__(
+        self,
+        door: Door,
+        config: uvicorn.Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        self._parser = cast("httptools.HttpRequestParser", self.parser)  # uvicorn drops its own with the connection
+        self._door = door
+        self._turned_away = False
+        self._running: RequestResponseCycle | None = None  # `cycle` is the newest, which may still wait in the pipeline
+        self._at, self._since = _At.HEAD, self.loop.time()
+        self._is_silent = True  # nothing arrived yet
+        self._head = Head()
+        self._raw_bytes = self._piece_bytes = 0  # llhttp keeps an unfinished header to itself, so its bytes are counted too
+
+    # -- the connection
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        inside = len(self.connections) - self._door.turned_away
+        super().connection_made(transport)
+        self.flow = _Flow(transport, self._touch)
+        if inside >= self._door.max_connections:
+            self._turned_away = True
+            self._door.turned_away += 1
+            self._say(refusal.CROWDED)
+            if self._door.turned_away > MAX_TURNED_AWAY:
+                transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._door.turned_away -= self._turned_away
+        if self._running is not None and not self._running.response_complete:
+            disconnect(self._running)  # uvicorn tells only the newest request, not the one that runs before it
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._at in (_At.DEAF, _At.LINGER):
+            return
+        self._unset_keepalive_if_required()
+        self._is_silent, self._piece_bytes = False, len(data)
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            self._upgrade()
+        except httptools.HttpParserError as e:
+            self._refuse(_why(e))
+        else:
+            self._raw_bytes += len(data)
+            if self._at is _At.HEAD and self._raw_bytes > MAX_HEAD_BYTES:
+                self._refuse(refusal.HEAD_TOO_LARGE)
+
+    def check(self, now: float) -> None:
+        """Ends the connection if what its client owes is overdue. Called every now and then."""
+        waited_s = now - self._since
+        if self._at is _At.LINGER and waited_s > LINGER_S:
+            self.transport.abort()
+        elif self._at is _At.BETWEEN and not self._is_busy() and waited_s > KEEP_ALIVE_S:
+            self.transport.close()
+        elif self._at in (_At.HEAD, _At.BODY) and waited_s > self._door.header_timeout_s and not self._holds_client():
+            self._refuse(refusal.TOO_SLOW)
+
+    def _holds_client(self) -> bool:
+        """The client waits for us: its bytes are not read, or it asked whether to send them."""
+        expects = self._at is _At.BODY and self.cycle.waiting_for_100_continue and not self.cycle.response_complete
+        return self.flow.read_paused or expects
+
+    def _touch(self) -> None:
+        if self._at in (_At.HEAD, _At.BODY):
+            self._since = self.loop.time()
+
+    def _is_busy(self) -> bool:
+        return self._running is not None and not self._running.response_complete
+
+    # -- the request
+
+    def on_message_begin(self) -> None:
+        if len(self.pipeline) >= MAX_PIPELINED:
+            raise Refused(refusal.MALFORMED)
+        super().on_message_begin()
+        self._head = Head()
+        self._at, self._since = _At.HEAD, self.loop.time()
+        self._raw_bytes = -self._piece_bytes  # of the piece in which it began, only the head's own count is exact
+
+    def on_url(self, url: bytes) -> None:
+        self._head.add_target(url)
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._at is _At.BODY:
+            self._head.add_trailer(name, value)
+        else:
+            self._head.add(name, value)
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        self._head.end(self._parser.get_http_version(), upgrades=self._parser.should_upgrade())
+        super().on_headers_complete()
+        self._at, self._since = _At.BODY, self.loop.time()
+
+    def on_body(self, body: bytes) -> None:
+        if not self.cycle.response_complete:  # else it is dropped, for header_timeout_s in all
+            self._since = self.loop.time()
+        super().on_body(body)
+        if self.pipeline and len(self.cycle.body) > HIGH_WATER_LIMIT + self._piece_bytes:
+            raise Refused(refusal.MALFORMED)  # its turn has not come, and the request before it keeps the connection read
+
+    def on_message_complete(self) -> None:
+        self._at, self._since = _At.BETWEEN, self.loop.time()
+        super().on_message_complete()
+
+    def _upgrade(self) -> None:
+        if not self._should_upgrade():  # such as curl --http2: answered as HTTP/1.1, and closed
+            self._end_after_answers()
+        elif self._is_busy():
+            self._refuse(refusal.BAD_UPGRADE)
+        else:
+            self.handle_websocket_upgrade()
+            if not getattr(self.transport.get_protocol(), "handshake_initiated", True):
+                self.transport.write(refusal.BAD_UPGRADE.response(self.server_state.default_headers))
+                self.transport.close()
+
+    # -- answers
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._running = cycle
+        cycle.send_500_response = functools.partial(send_failed, cycle)
+        super()._start_asgi_task(cycle, app if cycle.scope["http_version"] != "1.0" else without_chunks(app, cycle))
+
+    def on_response_complete(self) -> None:
+        if self._at is _At.BETWEEN:
+            self._since = self.loop.time()
+        super().on_response_complete()
+
+    def _refuse(self, why: Refusal) -> None:
+        """Answer what is being received by a refusal, unless that would stand inside or before another answer."""
+        broken = self.cycle if self._at is _At.BODY else None
+        if broken is None and not self._is_busy():
+            self._say(why)
+        elif broken is None:
+            self._end_after_answers()
+        elif broken is not self._running:
+            self.pipeline.popleft()
+            self._end_after_answers()
+        elif broken.response_started:
+            self.transport.close()
+        else:
+            disconnect(broken)
+            self._say(why)
+
+    def _end_after_answers(self) -> None:
+        self._at = _At.DEAF
+        last = self.pipeline[0][0] if self.pipeline else self._running
+        if last is not None:
+            last.keep_alive = False
+
+    def _say(self, why: Refusal) -> None:
+        self._at, self._since = _At.LINGER, self.loop.time()
+        if self._is_silent and why is refusal.TOO_SLOW:  # it never asked, so it is owed no answer
+            self.transport.close()
+        elif not self.transport.is_closing():
+            to_head = bool(self._head.target) and self._parser.get_method() == b"HEAD"
+            self.transport.write(why.response(self.server_state.default_headers, to_head=to_head))
+            self.transport.write_eof()
+
+
+def _why(e: httptools.HttpParserError) -> Refusal:
+    ours = e.__context__
+    if isinstance(ours, Refused):
+        return ours.refusal
+    if isinstance(e, httptools.HttpParserCallbackError) and not isinstance(ours, httptools.HttpParserError):
+        _log.error("the head of a request could not be handled", exc_info=e)
+    return refusal.MALFORMED
