@@ -34,7 +34,7 @@ class Served:
         )
 
     def start(self) -> Served:
-        self.process = self.begin()
+        self.process, self.said = self.begin(), b""
         deadline = time.monotonic() + START_S
         while b"Ctrl-C stops it" not in self.said:
             assert self.process.poll() is None and time.monotonic() < deadline, self.said.decode()

@@ -157,7 +157,7 @@ class Service:
         return self._leases.get(caller, sandbox_id)
 
     async def awake(self, caller: Caller, sandbox_id: str) -> Lease:
-        """The same, for traffic: one that was paused goes on if its lease says so."""
+        """The same, for traffic: one that was paused goes on if its lease says so, else InvalidTransition is raised."""
         lease = self._leases.get(caller, sandbox_id)
         await self._leases.awake(lease)
         return lease

@@ -11,7 +11,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from fumehood.config import Config
-from fumehood.errors import FumehoodError, InvalidInput, NotFound, SandboxGone
+from fumehood.errors import FumehoodError, InvalidInput, InvalidTransition, NotFound, SandboxGone
 from fumehood.lease import Lease
 from fumehood.model import SandboxState
 from fumehood.records import Caller
@@ -66,11 +66,16 @@ class Leases:
         return sum(lease.key_id == key_id for lease in self._live.values())
 
     async def awake(self, lease: Lease) -> None:
-        """Let traffic in: a paused one with auto_resume goes on, under a new lease."""
-        if lease.auto_resume and lease.is_paused:
-            async with lease.moving:
-                if lease.live.state is SandboxState.PAUSED:
-                    await self._resume(lease, lease.lease_s)
+        """Let traffic in: a paused one with auto_resume goes on, under a new lease. Raises InvalidTransition for any other
+        that is paused, since what is frozen answers nobody.
+        """
+        if not lease.is_paused:
+            return
+        async with lease.moving:
+            if lease.auto_resume and lease.live.state is SandboxState.PAUSED:
+                await self._resume(lease, lease.lease_s)
+            elif lease.is_paused:
+                raise InvalidTransition(f"the sandbox is {lease.live.state}", remediation="resume it first")
 
     async def pause(self, lease: Lease, cause: str = "") -> None:
         """Its lease stands still meanwhile. Raises InvalidTransition."""
