@@ -22,8 +22,8 @@ Event = tuple[str, bytes]  # kind, its data as a JSON object; ("", b"") = nothin
 class Feed:
     """Its `sinks` fill it; the follower empties it."""
 
-    def __init__(self) -> None:
-        self.sinks = Sinks(self._output, self._result, self._room)
+    def __init__(self, keepalive_s: float = KEEPALIVE_S) -> None:
+        self.sinks, self._keepalive_s = Sinks(self._output, self._result, self._room), keepalive_s
         self._waiting: deque[tuple[str, Any]] = deque()
         self._bytes = 0
         self._arrived, self._emptied, self._over = asyncio.Event(), asyncio.Event(), False
@@ -50,13 +50,13 @@ class Feed:
         self._arrived.set()
 
     async def read(self) -> list[Event] | None:
-        """All that waits, adjacent pieces of one stream as one; after KEEPALIVE_S of silence that; None at the end."""
+        """All that waits, adjacent pieces of one stream as one; after `keepalive_s` of silence that; None at the end."""
         while not self._waiting:
             if self._over:
                 return None
             self._arrived.clear()
             try:
-                async with asyncio.timeout(KEEPALIVE_S):
+                async with asyncio.timeout(self._keepalive_s):
                     await self._arrived.wait()
             except TimeoutError:
                 return [("", b"")]
