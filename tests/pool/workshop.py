@@ -51,11 +51,13 @@ class Workshop:
         self.keys[key] += 1
         self.now_making[key] += 1
         held = 0
+        fault = self.fault if self.faulty is None or key in self.faulty else None
+        fault_step = self.fault_step  # one fault for each make, also when the next is to have another
         try:
             for step in range(STEPS):
                 self.tools += 1
                 held += 1
-                await self._step(key, step)
+                await self._step(step, fault if step == fault_step else None)
             thing = Thing(len(self.things), key)
             self.things.append(thing)
             return thing
@@ -63,8 +65,7 @@ class Workshop:
             self.tools -= held
             self.now_making[key] -= 1
 
-    async def _step(self, key: str, step: int) -> None:
-        fault = self.fault if step == self.fault_step and (self.faulty is None or key in self.faulty) else None
+    async def _step(self, step: int, fault: str | None) -> None:
         if fault == "raises at once":
             raise Broken(f"step {step}")
         if fault == "stubborn":  # answers a cancellation with a result
