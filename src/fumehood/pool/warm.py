@@ -25,8 +25,8 @@ _log = logging.getLogger("fumehood.pool")
 class Pool(Generic[K, T]):
     """Used from one asyncio loop.
 
-    `make` returns a thing that is proved ready, or raises, or is cancelled (once) after `make_timeout_s`; in the last two cases it
-    leaves nothing behind. `close` ends a thing, dead or alive, and may be called for one that its owner closed already. What
+    `make` returns a thing that is proved ready, or raises, or is cancelled, once, after `make_timeout_s`; in the last two cases
+    it leaves nothing behind. `close` ends a thing, dead or alive, and may be called for one that its owner closed already. What
     either raises is logged as "fumehood.pool". `clock` must run as the loop's does.
     """
 
