@@ -86,10 +86,8 @@ class Model:
         return None
 
     def keep(self, name: str, tenant: str) -> None:
-        kept = self.replies.get((tenant, name))
-        if not kept or kept.status:
-            raise InvalidTransition("")
-        self.replies[tenant, name] = replace(kept, status=200, body="b")
+        if (kept := self.replies.get((tenant, name))) and not kept.status:
+            self.replies[tenant, name] = replace(kept, status=200, body="b")
 
     def drop(self, name: str, tenant: str) -> None:
         if (kept := self.replies.get((tenant, name))) and not kept.status:
@@ -136,7 +134,7 @@ async def real(store: Store, now: float, what: str, *args: Any) -> Any:
         case "claim", (name, tenant, digest):
             return await store.claim_reply(tenant, name, digest)
         case "keep", (name, tenant):
-            return await store.keep_reply(tenant, name, 200, "b")
+            return store.keep_reply(tenant, name, 200, "b")
         case "drop", (name, tenant):
             return await store.drop_reply(tenant, name)
         case "event", (name, tenant):

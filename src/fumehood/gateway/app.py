@@ -37,7 +37,7 @@ def create_app(service: Service, authenticate: Authenticator, mcp: ASGIApp | Non
     api.state.service = service
     api.add_api_route("/healthz", _healthz, methods=["GET"], include_in_schema=False)
     api.add_api_route("/readyz", _readyz, methods=["GET"], include_in_schema=False)
-    for router in (sandboxes.router, executions.router, contexts.router, sockets.router, files.router, admin.router):
+    for router in (executions.router, sandboxes.router, contexts.router, sockets.router, files.router, admin.router):
         api.include_router(router)
     inner = locked(_beside(api, mcp) if mcp is not None else api, authenticate)
     door = Door(e2b.route(inner, service, authenticate), service.config)

@@ -150,7 +150,7 @@ async def _events(claim: Claim, events: AsyncGenerator[Event, None]) -> AsyncGen
         async with contextlib.aclosing(events):
             async for event in events:
                 if event[0] == "end":
-                    await claim.keep(Done(200, event[1][len(b'{"result":') : -1]))
+                    claim.keep(Done(200, event[1][len(b'{"result":') : -1]))
                     kept = True
                 yield as_sse(event)
     finally:

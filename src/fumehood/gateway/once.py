@@ -64,14 +64,20 @@ class Claim:
         claim.replay = None if kept is None else Done(kept.status, kept.body.encode(), replayed=True)
         return claim
 
-    async def keep(self, done: Done) -> None:
+    def keep(self, done: Done) -> None:
         if self._key is not None:
-            await _quietly(self._store.keep_reply(self._tenant, self._key, *_to_keep(done)))
+            try:
+                self._store.keep_reply(self._tenant, self._key, *_to_keep(done))
+            except FumehoodError as e:  # the answer is the caller's in any case
+                _log.error("an answer was not kept for its idempotency key: %s", e)
 
     async def drop(self) -> None:
         """It has done nothing: the key is free again."""
         if self._key is not None:
-            await _quietly(self._store.drop_reply(self._tenant, self._key))
+            try:
+                await self._store.drop_reply(self._tenant, self._key)
+            except FumehoodError as e:  # what failed before is what the caller must hear of
+                _log.error("an idempotency key was not let go: %s", e)
 
 
 async def once(call: Call, request: Request, work: Callable[[], Awaitable[Done]]) -> Done:
@@ -84,7 +90,7 @@ async def once(call: Call, request: Request, work: Callable[[], Awaitable[Done]]
     except BaseException:
         await claim.drop()
         raise
-    await claim.keep(done)
+    claim.keep(done)
     return done
 
 
@@ -101,11 +107,3 @@ def _to_keep(done: Done) -> tuple[int, str]:
         remediation="see the execution's record, or repeat it with a new key",
     )
     return 409, json.dumps(problems.form(e, 409, ""))
-
-
-async def _quietly(write: Awaitable[None]) -> None:
-    """The answer is the caller's in any case; a repetition may then find no trace of it."""
-    try:
-        await write
-    except FumehoodError as e:
-        _log.error("an idempotency key was not kept: %s", e)

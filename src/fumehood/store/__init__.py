@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from fumehood.errors import CapacityExceeded, InvalidInput, InvalidTransition, StoreFailed
+from fumehood.errors import CapacityExceeded, InvalidInput, StoreFailed
 from fumehood.model import Status
 from fumehood.records import ApiKey, EventRecord, ExecutionRecord, IdempotentReply, Recovered, SandboxRecord
 from fumehood.store import changes, rows
@@ -169,12 +169,9 @@ class Store:
                 self._writer.post(claim.undo)
             raise
 
-    async def keep_reply(self, tenant: str, key: str, status: int, body: str) -> None:
-        """Raises InvalidTransition when the key is not claimed and pending."""
-        if await self._do(changes.KEEP_REPLY, status, body, tenant, key) != 1:
-            raise InvalidTransition(
-                "this idempotency key has no request that waits for its answer", remediation="claim it first"
-            )
+    def keep_reply(self, tenant: str, key: str, status: int, body: str) -> None:
+        """Written soon; nobody waits: a reply that a crash loses was one that its caller may have got. A kept one stays."""
+        self._writer.post(changes.statement(changes.KEEP_REPLY, status, body, tenant, key))
 
     async def drop_reply(self, tenant: str, key: str) -> None:
         """The first attempt failed before it did anything: the key may be used again. A kept reply stays."""

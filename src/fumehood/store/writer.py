@@ -24,6 +24,7 @@ from fumehood.store.schema import atomically
 Work = Callable[[sqlite3.Connection], Any]
 CAPACITY = 4096  # works nobody waits for; those with a waiter may be as many again, so that what was begun can be finished
 BATCH = 512
+POSTED_S = 0.005  # how long a work that nobody waits for may wait for company
 _log = logging.getLogger(__name__)
 
 
@@ -41,19 +42,24 @@ class Writer:
         self.lost = 0  # failed with nobody waiting: each is logged
         self._connection = connection
         self._loop = asyncio.get_running_loop()
-        self._queue: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[list[_Item] | None] = queue.SimpleQueue()
+        self._held: list[_Item] = []  # not handed over yet
+        self._timer: asyncio.TimerHandle | None = None
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="fumehood-store", daemon=True)
         self._thread.start()
 
     def post(self, work: Work) -> None:
         """Do it after all that was asked before; nobody waits. Raises CapacityExceeded when the disk doesn't keep up."""
-        self._put(_Item(work, None), CAPACITY)
+        self._take(_Item(work, None), CAPACITY)
+        if self._timer is None:
+            self._timer = self._loop.call_later(POSTED_S, self._hand_over)
 
     async def do(self, work: Work) -> Any:
         """Returns what the work did, once it is committed. Cancelling stops the waiting only."""
         waiter = self._loop.create_future()
-        self._put(_Item(work, waiter), 2 * CAPACITY)
+        self._take(_Item(work, waiter), 2 * CAPACITY)
+        self._loop.call_soon(self._hand_over)
         return await waiter
 
     async def settled(self) -> None:
@@ -65,10 +71,11 @@ class Writer:
         """Commits what was asked before."""
         if not self._closed:
             self._closed = True
+            self._hand_over()
             self._queue.put(None)
         await asyncio.to_thread(self._thread.join)
 
-    def _put(self, item: _Item, capacity: int) -> None:
+    def _take(self, item: _Item, capacity: int) -> None:
         if self._closed:
             raise StoreFailed("the store is closed", cause="its server is stopping", remediation="ask a running server")
         if self.depth >= capacity:
@@ -76,15 +83,24 @@ class Writer:
                 "the store does not keep up", cause=f"{self.depth} writes wait for the disk", remediation="try again later"
             )
         self.depth += 1
-        self._queue.put(item)
+        self._held.append(item)
+
+    def _hand_over(self) -> None:
+        """All of a tick at once: each waking of the thread takes the interpreter's lock from the loop, for longer than the work."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._held:
+            held, self._held = self._held, []
+            self._queue.put(held)
 
     def _run(self) -> None:
         going = True
         while going:
             batch: list[_Item] = []
             while going and not (batch and self._queue.empty()) and len(batch) < BATCH:
-                if item := self._queue.get():
-                    batch.append(item)
+                if items := self._queue.get():
+                    batch += items
                 else:
                     going = False
             outcomes = self._commit(batch)
