@@ -1,46 +1,37 @@
-"""The server that these tests drive: its keys, its address, and a way into its loop."""
+"""The server that these tests drive: its address, and real keys of it."""
 
 from __future__ import annotations
 
-import asyncio
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
-from fumehood.service import Service
-from starlette.requests import Request
-from starlette.types import Receive, Scope, Send
+import httpx
 
-from fumehood.errors import Unauthenticated
-from fumehood.records import Caller
-
-KEYS = {
-    "e2b_0a": Caller("alpha", "k1", frozenset({"sandboxes"})),
-    "e2b_0b": Caller("beta", "k2", frozenset({"sandboxes"})),
-    "e2b_0c": Caller("alpha", "k3", frozenset({"sandboxes"}), compat=frozenset({"ignore-egress"})),
+UPLOAD_BYTES = 8 << 20
+KEYS: Mapping[str, dict[str, Any]] = {
+    "alpha": {"tenant": "alpha"},
+    "beta": {"tenant": "beta"},
+    "knowing": {"tenant": "alpha", "compat": ["ignore-egress"]},
 }
 
 
-async def authenticate(request: Request) -> Caller:
-    if caller := KEYS.get(request.headers.get("x-api-key", "")):
-        return caller
-    raise Unauthenticated("no such API key")
-
-
-async def beyond(scope: Scope, receive: Receive, send: Send) -> None:
-    """Where the rest of the gateway would be."""
-    if scope["type"] == "http":
-        await send({"type": "http.response.start", "status": 418, "headers": []})
-        await send({"type": "http.response.body", "body": b"not E2B's"})
-
-
-@dataclass
 class Server:
-    url: str
-    service: Service
-    loop: asyncio.AbstractEventLoop
+    def __init__(self, url: str, admin_key: str) -> None:
+        self.url, self._admin = url, {"Authorization": f"Bearer {admin_key}"}
+        self.keys = {name: self.new_key(**wanted) for name, wanted in KEYS.items()}
 
-    def options(self, key: str = "e2b_0a") -> dict[str, Any]:
-        return {"api_key": key, "api_url": self.url, "sandbox_url": self.url, "retries": 0}
+    def new_key(self, **wanted: Any) -> str:
+        """With the prefix that E2B's SDK wants; it is the same key as with ours."""
+        answer = httpx.post(self.url + "/v1/keys", json=wanted, headers=self._admin).raise_for_status()
+        return "e2b_" + answer.json()["api_key"].removeprefix("fh_")
 
-    def do(self, work: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(work, self.loop).result(20)
+    def options(self, key: str = "alpha", **more: Any) -> dict[str, Any]:
+        return {"api_key": self.keys.get(key, key), "api_url": self.url, "sandbox_url": self.url, "retries": 0, **more}
+
+    def headers(self, key: str = "alpha") -> dict[str, str]:
+        return {"X-API-Key": self.keys.get(key, key)}
+
+    def figure(self, name: str) -> float:
+        """One of /metrics; 0 for what did not happen yet."""
+        text = httpx.get(self.url + "/metrics", headers=self._admin).raise_for_status().text
+        return next((float(line.rpartition(" ")[2]) for line in text.splitlines() if line.startswith(name + " ")), 0.0)

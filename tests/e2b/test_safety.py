@@ -56,7 +56,7 @@ def test_no_request_gets_in_without_the_sandboxs_own_token_and_none_learns_that_
             {**envd(box, "x", port=port), "E2B-Traffic-Access-Token": other.traffic_access_token or ""},
             envd(box, sandbox_id="s0000000000000000", port=port),
             {**envd(box, port=port), "E2b-Sandbox-Id": "../" + box.sandbox_id},
-            {**envd(box, "", port=port), "X-API-Key": "e2b_0a"},
+            {**envd(box, "", port=port), **server.headers()},
         )
     ]
     assert {gone(a) for a in answers} == {NOT_FOUND}
@@ -74,7 +74,7 @@ def test_the_traffic_token_opens_no_files_and_the_access_token_runs_no_code(box:
 
 
 def test_a_key_of_another_tenant_sees_nothing_h14(box: Sandbox, server: Server) -> None:
-    foreign = server.options("e2b_0b")
+    foreign = server.options("beta")
     unknown = "s0000000000000000"
     assert box.sandbox_id not in [s.sandbox_id for s in Sandbox.list(**foreign).next_items()]
     for call in (Sandbox.get_info, Sandbox.connect, Sandbox.get_metrics):
@@ -90,20 +90,20 @@ def test_a_key_of_another_tenant_sees_nothing_h14(box: Sandbox, server: Server) 
         ("POST", "/fork"),
     ):
         answers = [
-            httpx.request(method, f"{server.url}/sandboxes/{i}{verb}", headers={"X-API-Key": "e2b_0b"}, json={"timeout": 1})
+            httpx.request(method, f"{server.url}/sandboxes/{i}{verb}", headers=server.headers("beta"), json={"timeout": 1})
             for i in (box.sandbox_id, unknown)
         ]
         assert answers[0].status_code == 404 and answers[0].text == answers[1].text.replace(unknown, box.sandbox_id)
     assert box.is_running()
 
 
-@pytest.mark.parametrize("key", ["", "e2b_00", "e2b_0A"])
-def test_no_key_no_answer(server: Server, key: str) -> None:
+@pytest.mark.parametrize("key", ["", "e2b_00", "e2b_" + "0" * 64])
+def test_no_key_no_answer_h14(server: Server, key: str) -> None:
     for path in ("/sandboxes", "/v2/sandboxes", "/sandboxes/s1", "/templates/aliases/base", "/v3/templates", "/snapshots"):
         answer = httpx.get(server.url + path, headers={"X-API-Key": key} if key else {})
         assert (answer.status_code, answer.json()["code"]) == (401, 401)
     with pytest.raises(AuthenticationException):
-        Sandbox.create(**server.options("e2b_00"))
+        Sandbox.create(**server.options("e2b_" + "0" * 64))
 
 
 # -- signed addresses
@@ -147,7 +147,7 @@ def test_who_asks_for_the_internet_is_told_that_there_is_none_h9(make: Make, ask
 
 
 def test_with_the_switch_the_ask_is_taken_and_the_network_stays_closed_h9(make: Make, server: Server) -> None:
-    sandbox = make(allow_internet_access=True, **server.options("e2b_0c"))
+    sandbox = make(allow_internet_access=True, **server.options("knowing"))
     assert sandbox.get_info().allow_internet_access is False
     run = sandbox.run_code("import socket\nsocket.create_connection(('1.1.1.1', 53), 2)")
     assert run.error is not None and "no network" in run.error.traceback
@@ -249,7 +249,7 @@ def test_a_full_disk_is_said_by_its_name(make: Make, server: Server) -> None:
     ],
 )
 def test_every_refusal_is_json_with_its_code(server: Server, method: str, path: str, status: int) -> None:
-    answer = httpx.request(method, server.url + path, headers={"X-API-Key": "e2b_0a"})
+    answer = httpx.request(method, server.url + path, headers=server.headers())
     assert (answer.status_code, answer.json()["code"]) == (status, status) and answer.json()["message"]
 
 
@@ -272,14 +272,14 @@ def test_every_refusal_is_json_with_its_code(server: Server, method: str, path: 
     ],
 )
 def test_a_bad_creation_makes_nothing(server: Server, body: bytes) -> None:
-    before = len(server.service.everyone())
-    answer = httpx.post(server.url + "/v2/sandboxes", content=body, headers={"X-API-Key": "e2b_0a"})
+    before = server.figure("fumehood_sandboxes")
+    answer = httpx.post(server.url + "/v2/sandboxes", content=body, headers=server.headers())
     assert answer.status_code == 400 and answer.json()["code"] == 400
-    assert len(server.service.everyone()) == before
+    assert server.figure("fumehood_sandboxes") == before
 
 
 def test_bodies_over_the_limit_are_refused_as_they_arrive(server: Server, box: Sandbox) -> None:
-    answer = httpx.post(server.url + "/v2/sandboxes", content=b" " * (9 << 20), headers={"X-API-Key": "e2b_0a"})
+    answer = httpx.post(server.url + "/v2/sandboxes", content=b" " * (9 << 20), headers=server.headers())
     assert answer.status_code == 413
     headers = {**envd(box), "Content-Type": "application/json"}
     answer = httpx.post(server.url + "/filesystem.Filesystem/Stat", content=b" " * (5 << 20), headers=headers)
@@ -287,8 +287,11 @@ def test_bodies_over_the_limit_are_refused_as_they_arrive(server: Server, box: S
 
 
 def test_requests_to_the_rest_of_the_gateway_pass_by(server: Server) -> None:
-    for path in ("/", "/v1/sandboxes", "/metrics", "/healthz", "/files", "/sandboxesx"):
-        assert httpx.get(server.url + path).status_code == 418
+    assert httpx.get(server.url + "/healthz").json() == {"status": "ok"}
+    assert "sandboxes" in httpx.get(server.url + "/v1/sandboxes", headers=server.headers()).json()
+    for path in ("/", "/files", "/sandboxesx", "/v2", "/templatesx/a"):
+        answer = httpx.get(server.url + path, headers=server.headers())
+        assert (answer.status_code, answer.headers["content-type"]) == (404, "application/problem+json"), path
 
 
 def test_a_sandbox_is_found_by_host_name_too(box: Sandbox, server: Server) -> None:
@@ -297,20 +300,3 @@ def test_a_sandbox_is_found_by_host_name_too(box: Sandbox, server: Server) -> No
     host["Host"] = f"8000-{box.sandbox_id}.example.test"
     assert "port is not open" in httpx.get(server.url + "/", headers=host).json()["message"]
     assert gone(httpx.get(server.url + "/v1/keys", headers={"Host": "49983-s0000.example.test"})) == NOT_FOUND
-
-
-def test_streams_that_were_left_leave_nothing_behind(make: Make, server: Server) -> None:
-    sandbox = make()
-    tasks = server.do(_count())
-    for _ in range(5):
-        handle = sandbox.commands.run("sleep 30", background=True)
-        handle.disconnect()
-        sandbox.files.watch_dir("/tmp").stop()
-    deadline = time.monotonic() + 5
-    while server.do(_count()) > tasks + 3:
-        assert time.monotonic() < deadline, "tasks of streams go on"
-        time.sleep(0.05)
-
-
-async def _count() -> int:
-    return len(asyncio.all_tasks())

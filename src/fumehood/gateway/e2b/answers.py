@@ -9,36 +9,23 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from fumehood.errors import FumehoodError
+from fumehood.errors import FileFault, FumehoodError
+from fumehood.gateway import problems
 
 GONE = "The sandbox was not found"  # the SDK looks for these words
-# Ours -> HTTP. 429 and 503 carry Should-Retry: false: this SDK repeats them up to three times, a POST that creates included.
-_STATUSES: Mapping[str, int] = {
-    "unauthenticated": 401,
-    "forbidden": 403,
-    "not_found": 404,
-    "sandbox_gone": 404,
-    "conflict": 409,
-    "invalid_transition": 409,
-    "file_error": 400,
-    "capacity_exceeded": 429,
-    "queue_full": 429,
-    "rate_limited": 429,
-    "deadline_exceeded": 504,
-    "draining": 503,
-    "setup_failed": 503,
-    "agent_unresponsive": 504,
-    "wire_error": 502,
-    "unsupported": 501,
-}
+# Where E2B has another status than our own API (gateway/problems.py): 400 for any fault of the client, 404 for what has ended.
+_INSTEAD: Mapping[int, int] = {422: 400, 410: 404}
+_BY_ERRNO: Mapping[str, int] = {"EACCES": 403, "EPERM": 403, "EROFS": 403, "EEXIST": 409, "ENOSPC": 507, "EDQUOT": 507}
+# This SDK repeats these by itself, a POST that creates included, unless it is told not to.
+_REPEATED = (429, 502, 503, 504)
 
 
 class Refusal(Exception):
     """An answer in E2B's own words: {"code": status, "message"}."""
 
-    def __init__(self, status: int, message: str) -> None:
+    def __init__(self, status: int, message: str, retry_after_s: int | None = None) -> None:
         super().__init__(message)
-        self.status, self.message = status, message
+        self.status, self.message, self.retry_after_s = status, message, retry_after_s
 
 
 class TooLarge(Refusal):
@@ -47,11 +34,16 @@ class TooLarge(Refusal):
 
 
 def status_of(e: FumehoodError) -> int:
-    return 400 if e.code.startswith("invalid_") and e.code != "invalid_transition" else _STATUSES.get(e.code, 500)
+    """For the control API and /files as it is; Connect's codes follow from it (connect.py)."""
+    if isinstance(e, FileFault):
+        return _BY_ERRNO.get(str(e.details.get("errno")), 400)
+    status = problems.status_of(e)
+    return _INSTEAD.get(status, status)
 
 
 def refusal_of(e: FumehoodError) -> Refusal:
-    return Refusal(status_of(e), f"{e}. {e.remediation}" if e.remediation else str(e))
+    message = f"{e}. {e.remediation}" if e.remediation else str(e)
+    return Refusal(status_of(e), message, e.details.get("retry_after_s"))
 
 
 def json_answer(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -59,7 +51,9 @@ def json_answer(value: Any, status: int = 200, headers: Mapping[str, str] | None
 
 
 def refused(e: Refusal) -> Response:
-    headers = {"Should-Retry": "false"} if e.status in (429, 502, 503, 504) else {}
+    headers = {"Should-Retry": "false"} if e.status in _REPEATED else {}
+    if e.retry_after_s is not None:
+        headers["Retry-After"] = str(e.retry_after_s)
     return json_answer({"code": e.status, "message": e.message}, e.status, headers)
 
 

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from fumehood.agent import wire
-from fumehood.errors import FumehoodError
+from fumehood.errors import FumehoodError, InvalidTransition, SandboxGone
 
-from .answers import GONE
+from .answers import GONE, status_of
 
 UNARY, STREAM = "application/json", "application/connect+json"
 MAX_FRAME_BYTES = 4 << 20
@@ -40,30 +40,19 @@ STATUSES: Mapping[str, int] = {
     "data_loss": 500,
     "unauthenticated": 401,
 }
-_BY_ERROR: Mapping[str, str] = {
-    "not_found": "not_found",
-    "capacity_exceeded": "resource_exhausted",
-    "queue_full": "resource_exhausted",
-    "rate_limited": "resource_exhausted",
-    "deadline_exceeded": "deadline_exceeded",
-    "unauthenticated": "unauthenticated",
-    "forbidden": "permission_denied",
-    "conflict": "aborted",
-    "unsupported": "unimplemented",
-    "draining": "unavailable",
-    "agent_unresponsive": "unavailable",
-}
-_BY_ERRNO: Mapping[str, str] = {
-    "EEXIST": "already_exists",
-    "EACCES": "permission_denied",
-    "EPERM": "permission_denied",
-    "EROFS": "permission_denied",
-    "ENOSPC": "resource_exhausted",
-    "EDQUOT": "resource_exhausted",
-    "ENOTDIR": "invalid_argument",
-    "EISDIR": "invalid_argument",
-    "ENAMETOOLONG": "invalid_argument",
-    "ELOOP": "invalid_argument",
+# The status that answers.py gives one of our errors -> the code.
+_BY_STATUS: Mapping[int, str] = {
+    400: "invalid_argument",
+    401: "unauthenticated",
+    403: "permission_denied",
+    404: "not_found",
+    409: "already_exists",
+    429: "resource_exhausted",
+    501: "unimplemented",
+    502: "unavailable",
+    503: "unavailable",
+    504: "unavailable",
+    507: "resource_exhausted",
 }
 
 
@@ -80,13 +69,9 @@ class Fault(Exception):
 
 def fault_of(e: FumehoodError) -> Fault:
     """What a client of this protocol is told for one of our errors."""
-    if e.code in ("sandbox_gone", "invalid_transition"):
+    if isinstance(e, SandboxGone | InvalidTransition):
         return Fault("unavailable", GONE)
-    if e.code.startswith("invalid_"):
-        return Fault("invalid_argument", e.message)
-    if e.code == "file_error":
-        return Fault(_BY_ERRNO.get(str(e.details.get("errno")), "failed_precondition"), e.message)
-    return Fault(_BY_ERROR.get(e.code, "internal"), e.message)
+    return Fault(_BY_STATUS.get(status_of(e), "internal"), e.message)
 
 
 def encode(message: Mapping[str, Any], flags: int = 0) -> bytes:

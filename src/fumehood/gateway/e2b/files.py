@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from fumehood.errors import FileFault, FumehoodError, InvalidInput
+from fumehood.errors import FumehoodError
 from fumehood.gateway.pour import BrokenOff, pour
 from fumehood.gateway.writing import Writing
 from fumehood.lease import Lease
@@ -60,7 +60,7 @@ async def serve(call: Call, scope: Scope, receive: Receive, send: Send) -> None:
     except Refusal as e:
         answer = refused(e)
     except FumehoodError as e:
-        answer = gone(call.lease.id) if call.lease.ended.is_set() else refused(_file_refusal(e))
+        answer = gone(call.lease.id) if call.lease.ended.is_set() else refused(refusal_of(e))
     if answer is not None:
         await answer(scope, receive, send)
 
@@ -70,14 +70,6 @@ def _check_user(request: Request) -> None:
         check_user(request.query_params.get("username", ""))
     except Fault as e:
         raise Refusal(401, e.message) from None
-
-
-def _file_refusal(e: FumehoodError) -> Refusal:
-    if isinstance(e, FileFault):
-        errno = str(e.details.get("errno"))
-        status = {"ENOSPC": 507, "EDQUOT": 507, "EACCES": 403, "EPERM": 403, "EROFS": 403}.get(errno, 400)
-        return Refusal(status, e.message)
-    return Refusal(400, e.message) if isinstance(e, InvalidInput) else refusal_of(e)
 
 
 def _path(request: Request) -> str:

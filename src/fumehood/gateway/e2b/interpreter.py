@@ -14,9 +14,9 @@ from starlette.types import Receive, Scope, Send
 
 from fumehood.agent import wire
 from fumehood.errors import FumehoodError, InvalidInput, NotFound
-from fumehood.execution import Sinks
+from fumehood.gateway.feed import Feed
 from fumehood.gateway.pour import BrokenOff, pour
-from fumehood.model import CodeRequest, Result
+from fumehood.model import CodeRequest, Result, RichResult
 
 from .answers import Refusal, body, gone, json_answer, status_of
 from .call import Call
@@ -112,23 +112,12 @@ async def _create(call: Call, message: dict[str, Any]) -> Response:
 
 async def lines(call: Call, request: CodeRequest) -> AsyncGenerator[bytes, None]:
     """One execution as it happens. Closing this stops the program. Raises BrokenOff when the sandbox ended under it."""
-    queue: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-    sinks = Sinks(lambda name, text: queue.put_nowait(_output(name, text)), lambda r: queue.put_nowait(result_line(r)))
-    running = asyncio.create_task(call.service.run(call.caller, call.lease, request, sinks))
-    running.add_done_callback(lambda _: queue.put_nowait({}))
+    feed = Feed(KEEPALIVE_S)
+    running = asyncio.create_task(call.service.run(call.caller, call.lease, request, feed.sinks))
+    running.add_done_callback(lambda _: feed.close())
     try:
-        ended = False
-        while not ended:
-            try:
-                async with asyncio.timeout(KEEPALIVE_S):
-                    waiting = [await queue.get()]
-            except TimeoutError:
-                waiting = [{"type": "keepalive"}]
-            await asyncio.sleep(0)
-            while not queue.empty():
-                waiting.append(queue.get_nowait())
-            ended = not waiting[-1]
-            yield b"".join(map(_line, _merged([line for line in waiting if line])))
+        while (events := await feed.read()) is not None:
+            yield b"".join(_line(_said(*event)) for event in events)
         for line in _outcome(call, running):
             yield _line(line)
     finally:
@@ -137,24 +126,17 @@ async def lines(call: Call, request: CodeRequest) -> AsyncGenerator[bytes, None]
             await running
 
 
+def _said(kind: str, data: bytes) -> dict[str, Any]:
+    if not kind:
+        return {"type": "keepalive"}
+    value = json.loads(data)
+    if kind == "result":
+        return result_line(RichResult(value["data"], value["is_main_result"]))
+    return {"type": kind, "text": value["text"], "timestamp": datetime.now(UTC).isoformat()}
+
+
 def _line(value: dict[str, Any]) -> bytes:
     return json.dumps(value, separators=(",", ":")).encode() + b"\n"
-
-
-def _merged(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Adjacent pieces of one stream as one: print() writes its text and the end of its line apart."""
-    merged = lines[:1]
-    for line in lines[1:]:
-        last = merged[-1]
-        if line["type"] == last["type"] and line["type"] in ("stdout", "stderr"):
-            last["text"] += line["text"]
-        else:
-            merged.append(line)
-    return merged
-
-
-def _output(name: str, text: str) -> dict[str, Any]:
-    return {"type": name, "text": text, "timestamp": datetime.now(UTC).isoformat()}
 
 
 def _outcome(call: Call, running: asyncio.Task[Result]) -> list[dict[str, Any]]:
