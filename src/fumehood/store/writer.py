@@ -86,7 +86,7 @@ class Writer:
         self._held.append(item)
 
     def _hand_over(self) -> None:
-        """All of a tick at once: each waking of the thread takes the interpreter's lock from the loop, for longer than the work."""
+        """All of a tick at once: each waking of the thread takes the interpreter's lock from the loop for a while."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
