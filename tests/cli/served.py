@@ -48,7 +48,7 @@ class Served:
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.wait(STOP_S)
+        self.process.communicate(timeout=STOP_S)
 
     def stop(self) -> int:
         """Its exit code; `said` is all that it said."""

@@ -47,7 +47,13 @@ class Running:
     work: Work
     task: asyncio.Task[Result] | None = None
     cancelled: bool = False  # by its id: then the caller gets a result that says so
+    is_over: bool = False
     started_at: float | None = None
+
+    def stop(self) -> None:
+        """Cancelled while its end is written, it would have none, in the records or for its caller."""
+        if self.task is not None and not self.is_over:
+            self.task.cancel()
 
 
 class Executions:
@@ -82,19 +88,19 @@ class Executions:
         try:
             return await asyncio.shield(running.task)
         except asyncio.CancelledError:
-            running.task.cancel()
+            running.stop()
             with contextlib.suppress(asyncio.CancelledError, FumehoodError):
                 await running.task
             raise
 
     def cancel(self, tenant: str, execution_id: str) -> bool:
-        """False when it is not alive (here); its record then says how it ended."""
+        """False when it is not alive (here) or has ended; its record then says how."""
         running = self._alive.get(execution_id)
-        if running is None or running.record.tenant != tenant or running.task is None:
+        if running is None or running.record.tenant != tenant or running.is_over:
             return False
         running.cancelled = True
         # Not at once: a task that is cancelled before its first step never gets to write how it ended.
-        asyncio.get_running_loop().call_soon(running.task.cancel)
+        asyncio.get_running_loop().call_soon(running.stop)
         return True
 
     def alive(self, tenant: str | None, execution_id: str) -> ExecutionRecord | None:
@@ -140,6 +146,7 @@ class Executions:
         return replace(result, timings=replace(result.timings, queue_ms=grant.queue_ms))
 
     async def _finish(self, running: Running, result: Result) -> None:
+        running.is_over = True
         record = replace(running.record, state="done", finished_at=time.time(), status=result.status, cause=result.cause[:4096])
         try:
             await self._store.finish_execution(
