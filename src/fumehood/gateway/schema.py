@@ -44,7 +44,7 @@ Language = Annotated[str, Field(max_length=32)]
 Label = Annotated[str, Field(max_length=4_096)]
 Labels = Annotated[dict[Annotated[str, Field(max_length=256)], Label], Field(max_length=128)]
 Policy = Annotated[str | dict[str, Any] | None, Field(description="a preset's name, or a policy as docs/policy.md has it")]
-Limits = Annotated[dict[str, float | str], Field(max_length=64)]
+Limits = Annotated[dict[str, int | float | str], Field(max_length=64)]  # a float is no number of processes
 
 
 class Body(BaseModel):
@@ -176,7 +176,7 @@ class NewKey(Body):
     tenant: Annotated[str, Field(pattern="^[a-z][a-z0-9]{3,31}$")] = "local"
     name: Annotated[str, Field(max_length=256)] = ""
     scopes: Annotated[list[Literal["sandboxes", "admin"]], Field(min_length=1, max_length=2)] = ["sandboxes"]
-    limits: dict[str, float] = {}
+    limits: dict[str, Annotated[float, BeforeValidator(_finite)]] = {}
     compat: Annotated[list[Annotated[str, Field(max_length=64)]], Field(max_length=16)] = []
 
 
