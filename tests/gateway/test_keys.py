@@ -32,9 +32,7 @@ def told(http: httpx.Client, method: str, path: str, headers: dict[str, str]) ->
 
 
 @pytest.mark.parametrize("stranger", STRANGERS)
-def test_who_has_no_key_hears_the_same_of_every_path_whether_there_is_one_or_not(
-    server: Serving, stranger: str, box: str
-) -> None:
+def test_who_has_no_key_hears_the_same_of_every_path_there_is_or_is_not(server: Serving, stranger: str, box: str) -> None:
     with httpx.Client(base_url=server.url) as http:
         asked = [("GET", "/v1/whoami"), ("GET", box), ("GET", "/nothing"), ("DELETE", box), ("POST", "/v1/run")]
         answers = [told(http, method, path, STRANGERS[stranger]) for method, path in [*asked, ("GET", "/mcp")]]
@@ -92,6 +90,12 @@ def test_the_secret_of_a_key_is_in_one_answer_and_nowhere_else(admin: httpx.Clie
     assert {"id": key["id"], "name": "ci", "tenant": "alice"}.items() <= {k["id"]: k for k in listed.json()["keys"]}[
         key["id"]
     ].items()
+
+
+@pytest.mark.parametrize("limits", ['{"burst": 1e999}', '{"sandboxes": NaN}', '{"priority": 1e300}', '{"burst": "1"}'])
+def test_limits_of_a_key_are_numbers_that_there_are(admin: httpx.Client, limits: str) -> None:
+    body = f'{{"tenant": "alice", "limits": {limits}}}'
+    problem(admin.post("/v1/keys", content=body, headers={"content-type": "application/json"}), 422, "invalid_input")
 
 
 @pytest.mark.parametrize("limits", [{"burst": 0}, {"requests_per_s": 0}, {"sandboxes": -1}, {"priority": 11}, {"teapots": 1}])
