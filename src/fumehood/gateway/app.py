@@ -24,6 +24,7 @@ def create_app(service: Service, authenticate: Authenticator, mcp: ASGIApp | Non
         version=__version__,
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,  # to where the Host header says
         responses=PROBLEMS,
         generate_unique_id_function=operation_id,
         exception_handlers={
