@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from dataclasses import dataclass
+from typing import cast
 
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from uvicorn.server import ServerState
@@ -15,6 +17,12 @@ _log = logging.getLogger("uvicorn.error")
 
 
 class WebSocket(WebSocketsSansIOProtocol):
+    drained_count = 0
+
+    def resume_writing(self) -> None:
+        self.drained_count += 1
+        super().resume_writing()
+
     def keepalive_timeout(self) -> None:
         if self.read_paused:  # the pong may lie behind messages that the app has not taken yet
             self.pong_timer, self.pending_ping_payload = None, None
@@ -29,26 +37,33 @@ class WebSocket(WebSocketsSansIOProtocol):
             self.conn.data_to_send()  # a client that reads nothing misses no pong; kept, they would fill the memory
 
 
+@dataclass(frozen=True, slots=True)
+class _Unsent:
+    size_bytes: int
+    drained_count: int
+    since: float  # when some of it was last seen to go
+
+
 async def sweep(state: ServerState, every_s: float) -> None:
     """One timer for all connections: arming one for each request would cost every request."""
-    loop, unsent = asyncio.get_running_loop(), dict[asyncio.Transport, tuple[int, float]]()
+    loop, stuck = asyncio.get_running_loop(), dict[Http | WebSocket, _Unsent]()
     while True:
         await asyncio.sleep(every_s)
-        now, before, unsent = loop.time(), unsent, {}
-        for connection in list(state.connections):
+        now, before, stuck = loop.time(), stuck, {}
+        for connection in cast("list[Http | WebSocket]", list(state.connections)):
             try:
                 if isinstance(connection, Http):
                     connection.check(now)
             except Exception:  # our bug must not end the sweep, which guards all the others
                 _log.exception("a connection is dropped that could not be judged")
                 connection.transport.abort()
-            transport = connection.transport
-            if size_bytes := transport.get_write_buffer_size():
-                unsent[transport] = stuck = _stuck(size_bytes, now, before.get(transport))
-                if now - stuck[1] > WRITE_STALL_S:
-                    transport.abort()
+            if size_bytes := connection.transport.get_write_buffer_size():
+                stuck[connection] = unsent = _unsent(size_bytes, connection.drained_count, now, before.get(connection))
+                if now - unsent.since > WRITE_STALL_S:
+                    connection.transport.abort()
 
 
-def _stuck(size_bytes: int, now: float, before: tuple[int, float] | None) -> tuple[int, float]:
-    """Unsent bytes, and since when they have not become fewer."""
-    return (size_bytes, before[1] if before and size_bytes >= before[0] else now)
+def _unsent(size_bytes: int, drained_count: int, now: float, before: _Unsent | None) -> _Unsent:
+    """A buffer that is as full as before stood still, unless it was drained in between and filled again."""
+    has_moved = before is None or size_bytes < before.size_bytes or drained_count > before.drained_count
+    return _Unsent(size_bytes, drained_count, now if before is None or has_moved else before.since)

@@ -1,40 +1,44 @@
-"""What uvicorn's cycle of request and response answers otherwise than we want."""
+"""One request and its answer, where uvicorn's cycle does otherwise than we want."""
 
 from __future__ import annotations
 
-from uvicorn._types import ASGI3Application, ASGIReceiveCallable, ASGISendCallable, ASGISendEvent, Scope
+from typing import cast
+
+from uvicorn._types import ASGISendEvent
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from fumehood.gateway import refusal
 
 
-def disconnect(cycle: RequestResponseCycle) -> None:
-    """Its app is told that the client went away."""
-    cycle.disconnected = True
-    cycle.message_event.set()
+class Cycle(RequestResponseCycle):
+    def disconnect(self) -> None:
+        """The app is told that its client went away."""
+        self.disconnected, self.waiting_for_100_continue = True, False
+        self.message_event.set()
+
+    async def send_500_response(self) -> None:
+        headers, body = refusal.FAILED.parts()
+        await self.send({"type": "http.response.start", "status": refusal.FAILED.status, "headers": headers})
+        await self.send({"type": "http.response.body", "body": body, "more_body": False})
 
 
-async def send_failed(cycle: RequestResponseCycle) -> None:
-    headers, body = refusal.FAILED.parts()
-    await cycle.send({"type": "http.response.start", "status": refusal.FAILED.status, "headers": headers})
-    await cycle.send({"type": "http.response.body", "body": body, "more_body": False})
-
-
-def without_chunks(app: ASGI3Application, cycle: RequestResponseCycle) -> ASGI3Application:
-    """HTTP/1.0 (nginx's default) knows no chunks: an answer of unknown length ends with the connection."""
+class OldCycle(Cycle):
+    """HTTP/1.0 (nginx's default) knows no chunks, but uvicorn sends them: an answer of unknown length ends with the connection."""
 
     is_endless = False
 
-    async def send(message: ASGISendEvent) -> None:
-        nonlocal is_endless
+    async def send(self, message: ASGISendEvent) -> None:
         if message["type"] == "http.response.start":
-            is_endless = all(name.lower() != b"content-length" for name, _ in message.get("headers", ()))
-            cycle.chunked_encoding = False if is_endless else None
-        elif message["type"] == "http.response.body" and is_endless:
-            cycle.expected_content_length += len(message.get("body", b""))
-        await cycle.send(message)
+            self.is_endless = all(name.lower() != b"content-length" for name, _ in message.get("headers", ()))
+            self.chunked_encoding = False if self.is_endless else None
+        elif message["type"] == "http.response.body" and self.is_endless:
+            self.expected_content_length += len(message.get("body", b""))
+        await super().send(message)
 
-    async def unchunked(scope: Scope, receive: ASGIReceiveCallable, _send: ASGISendCallable) -> None:
-        await app(scope, receive, send)
 
-    return unchunked
+def ours(cycle: RequestResponseCycle) -> Cycle:
+    """The same cycle with our manners: uvicorn makes them of its own class and has no hook for another."""
+    is_old = cycle.scope["http_version"] == "1.0"
+    cycle.__class__ = OldCycle if is_old else Cycle
+    cycle.waiting_for_100_continue &= not is_old
+    return cast("Cycle", cycle)

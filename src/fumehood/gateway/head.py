@@ -1,71 +1,40 @@
-"""The head of one request, judged as it arrives: its size, and what would let two readers see two requests in it."""
+"""The head of one request, judged once it is complete: what would let two readers see two requests in it is refused."""
 
 from __future__ import annotations
 
 import httptools
 
 from fumehood.gateway import refusal
-from fumehood.gateway.refusal import Refusal
+from fumehood.gateway.refusal import Headers, Refusal
 
-MAX_HEAD_BYTES = 32 << 10
+MAX_HEAD_BYTES = 32 << 10  # of target, names and values; trailers count too
 MAX_HEADERS = 100
 
 
-class Refused(Exception):
-    """Goes through llhttp, which keeps it as the context of its own error."""
-
-    def __init__(self, refusal: Refusal) -> None:
-        super().__init__(refusal.error.message)
-        self.refusal = refusal
-
-
-class Head:
-    """Target, names and values count, and so do trailers. Every method raises Refused."""
-
-    def __init__(self) -> None:
-        self.target = b""
-        self._bytes = self._headers = self._hosts = 0
-        self._framing = set[bytes]()
-
-    def add_target(self, piece: bytes) -> None:
-        self.target += piece
-        self._count(len(piece))
-
-    def add(self, name: bytes, value: bytes) -> None:
-        self._headers += 1
-        self._count(len(name) + len(value))
-        name = name.lower()
-        self._hosts += name == b"host"
-        if name in (b"content-length", b"transfer-encoding"):
-            self._framing.add(name)
-            if name == b"transfer-encoding" and value.lower() != b"chunked":
-                raise Refused(refusal.BAD_CODING)
-
-    def add_trailer(self, name: bytes, value: bytes) -> None:
-        self._headers += 1
-        self._count(len(name) + len(value))
-
-    def _count(self, size_bytes: int) -> None:
-        self._bytes += size_bytes
-        if self._bytes > MAX_HEAD_BYTES or self._headers > MAX_HEADERS:
-            raise Refused(refusal.HEAD_TOO_LARGE)
-
-    def end(self, version: str, *, upgrades: bool) -> None:
-        if version not in ("1.1", "1.0"):
-            raise Refused(refusal.BAD_VERSION)
-        if self._hosts > 1 or (not self._hosts and version == "1.1"):
-            raise Refused(refusal.BAD_HOST)
-        if not _is_path(self.target):
-            raise Refused(refusal.BAD_TARGET)
-        if version == "1.0" and b"transfer-encoding" in self._framing:
-            raise Refused(refusal.MALFORMED)
-        if upgrades and self._framing:  # llhttp would take the body for the next request
-            raise Refused(refusal.BAD_UPGRADE)
+def wrong_with(version: str, target: bytes, headers: Headers, *, upgrades: bool) -> Refusal | None:
+    """Why a head that llhttp took is refused all the same. Names are lower case; `upgrades` as llhttp sees it."""
+    hosts, is_framed, is_coded = 0, False, False
+    for name, value in headers:
+        if name == b"host":
+            hosts += 1
+        elif name == b"content-length":
+            is_framed = True
+        elif name == b"transfer-encoding":
+            is_framed = is_coded = True
+            if value.lower() != b"chunked":
+                return refusal.BAD_CODING
+    if version not in ("1.1", "1.0"):
+        return refusal.BAD_VERSION
+    if hosts > 1 or (not hosts and version == "1.1"):
+        return refusal.BAD_HOST
+    if not target.startswith(b"/") and not _has_path(target):
+        return refusal.BAD_TARGET
+    if is_coded and version == "1.0":
+        return refusal.MALFORMED
+    return refusal.BAD_UPGRADE if upgrades and is_framed else None  # llhttp would take the body for the next request
 
 
-def _is_path(target: bytes) -> bool:
-    if target.startswith(b"/"):
-        return True
+def _has_path(target: bytes) -> bool:
     try:
         return (httptools.parse_url(target).path or b"").startswith(b"/")
     except httptools.HttpParserInvalidURLError:

@@ -8,7 +8,6 @@ runs), pipelining has a bound, and a refusal never stands inside another answer.
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,8 +22,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from uvicorn.server import ServerState
 
 from fumehood.gateway import refusal
-from fumehood.gateway.cycle import disconnect, send_failed, without_chunks
-from fumehood.gateway.head import MAX_HEAD_BYTES, Head, Refused
+from fumehood.gateway.cycle import Cycle, ours
+from fumehood.gateway.head import MAX_HEAD_BYTES, MAX_HEADERS, wrong_with
 from fumehood.gateway.refusal import Refusal
 
 MAX_PIPELINED = 8  # requests that wait for the answer before theirs; nobody needs more than one, each costs some KiB
@@ -53,6 +52,17 @@ class _At(Enum):
     LINGER = auto()  # refused
 
 
+_DEAF = (_At.DEAF, _At.LINGER)
+
+
+class _Refused(Exception):
+    """Goes through llhttp, which keeps it as the context of its own error."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal.error.message)
+        self.refusal = refusal
+
+
 class _Flow(FlowControl):
     def __init__(self, transport: asyncio.Transport, resumed: Callable[[], None]) -> None:
         super().__init__(transport)
@@ -76,10 +86,12 @@ class Http(HttpToolsProtocol):
         self._parser = cast("httptools.HttpRequestParser", self.parser)  # uvicorn drops its own with the connection
         self._door = door
         self._turned_away = False
-        self._running: RequestResponseCycle | None = None  # `cycle` is the newest, which may still wait in the pipeline
+        self._running: Cycle | None = None  # `cycle` is the newest, which may still wait in the pipeline
         self._at, self._since = _At.HEAD, self.loop.time()
+        self.drained_count = 0  # how often its client had read most of what was buffered
         self._is_silent = True  # nothing arrived yet
-        self._head = Head()
+        self.url = b""
+        self._head_bytes = 0
         self._raw_bytes = self._piece_bytes = 0  # llhttp keeps an unfinished header to itself, so its bytes are counted too
 
     # -- the connection
@@ -98,11 +110,11 @@ class Http(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._door.turned_away -= self._turned_away
         if self._running is not None and not self._running.response_complete:
-            disconnect(self._running)  # uvicorn tells only the newest request, not the one that runs before it
+            self._running.disconnect()  # uvicorn tells only the newest request, not the one that runs before it
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self._at in (_At.DEAF, _At.LINGER):
+        if self._at in _DEAF:
             return
         self._unset_keepalive_if_required()
         self._is_silent, self._piece_bytes = False, len(data)
@@ -117,6 +129,10 @@ class Http(HttpToolsProtocol):
             if self._at is _At.HEAD and self._raw_bytes > MAX_HEAD_BYTES:
                 self._refuse(refusal.HEAD_TOO_LARGE)
 
+    def resume_writing(self) -> None:
+        self.drained_count += 1
+        super().resume_writing()
+
     def check(self, now: float) -> None:
         """Ends the connection if what its client owes is overdue. Called every now and then."""
         waited_s = now - self._since
@@ -124,8 +140,13 @@ class Http(HttpToolsProtocol):
             self.transport.abort()
         elif self._at is _At.BETWEEN and not self._is_busy() and waited_s > KEEP_ALIVE_S:
             self.transport.close()
-        elif self._at in (_At.HEAD, _At.BODY) and waited_s > self._door.header_timeout_s and not self._holds_client():
+        elif self._at in (_At.HEAD, _At.BODY) and waited_s > self._may_wait_s() and not self._holds_client():
             self._refuse(refusal.TOO_SLOW)
+
+    def _may_wait_s(self) -> float:
+        """The app may give more time for a body that is written by hand (what is typed into a program)."""
+        default_s = self._door.header_timeout_s
+        return self.cycle.scope.get("fumehood.pause_s", default_s) if self._at is _At.BODY else default_s
 
     def _holds_client(self) -> bool:
         """The client waits for us: its bytes are not read, or it asked whether to send them."""
@@ -143,25 +164,29 @@ class Http(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         if len(self.pipeline) >= MAX_PIPELINED:
-            raise Refused(refusal.MALFORMED)
+            raise _Refused(refusal.MALFORMED)
         super().on_message_begin()
-        self._head = Head()
+        self._head_bytes = 0
         self._at, self._since = _At.HEAD, self.loop.time()
         self._raw_bytes = -self._piece_bytes  # of the piece in which it began, only the head's own count is exact
 
     def on_url(self, url: bytes) -> None:
-        self._head.add_target(url)
         super().on_url(url)
+        self._head_bytes += len(url)
+        if self._head_bytes > MAX_HEAD_BYTES:
+            raise _Refused(refusal.HEAD_TOO_LARGE)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self._at is _At.BODY:
-            self._head.add_trailer(name, value)
-        else:
-            self._head.add(name, value)
+        self._head_bytes += len(name) + len(value)
+        if self._head_bytes > MAX_HEAD_BYTES or len(self.headers) >= MAX_HEADERS:
+            raise _Refused(refusal.HEAD_TOO_LARGE)
+        if self._at is _At.HEAD:  # else it is a trailer
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        self._head.end(self._parser.get_http_version(), upgrades=self._parser.should_upgrade())
+        version, upgrades = self._parser.get_http_version(), self._parser.should_upgrade()
+        if wrong := wrong_with(version, self.url, self.headers, upgrades=upgrades):
+            raise _Refused(wrong)
         super().on_headers_complete()
         self._at, self._since = _At.BODY, self.loop.time()
 
@@ -170,7 +195,7 @@ class Http(HttpToolsProtocol):
             self._since = self.loop.time()
         super().on_body(body)
         if self.pipeline and len(self.cycle.body) > HIGH_WATER_LIMIT + self._piece_bytes:
-            raise Refused(refusal.MALFORMED)  # its turn has not come, and the request before it keeps the connection read
+            raise _Refused(refusal.MALFORMED)  # its turn has not come, and the request before it keeps the connection read
 
     def on_message_complete(self) -> None:
         self._at, self._since = _At.BETWEEN, self.loop.time()
@@ -179,8 +204,8 @@ class Http(HttpToolsProtocol):
     def _upgrade(self) -> None:
         if not self._should_upgrade():  # such as curl --http2: answered as HTTP/1.1, and closed
             self._end_after_answers()
-        elif self._is_busy():
-            self._refuse(refusal.BAD_UPGRADE)
+        elif self._is_busy() or not all(value.isascii() for _, value in self.headers):
+            self._refuse(refusal.BAD_UPGRADE)  # websockets would answer other letters by a 500
         else:
             self.handle_websocket_upgrade()
             if not getattr(self.transport.get_protocol(), "handshake_initiated", True):
@@ -190,9 +215,8 @@ class Http(HttpToolsProtocol):
     # -- answers
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
-        self._running = cycle
-        cycle.send_500_response = functools.partial(send_failed, cycle)
-        super()._start_asgi_task(cycle, app if cycle.scope["http_version"] != "1.0" else without_chunks(app, cycle))
+        self._running = ours(cycle)
+        super()._start_asgi_task(self._running, app)
 
     def on_response_complete(self) -> None:
         if self._at is _At.BETWEEN:
@@ -201,18 +225,19 @@ class Http(HttpToolsProtocol):
 
     def _refuse(self, why: Refusal) -> None:
         """Answer what is being received by a refusal, unless that would stand inside or before another answer."""
-        broken = self.cycle if self._at is _At.BODY else None
-        if broken is None and not self._is_busy():
+        is_body = self._at is _At.BODY
+        running = self._running
+        if not is_body and not self._is_busy():
             self._say(why)
-        elif broken is None:
+        elif running is None or not is_body:
             self._end_after_answers()
-        elif broken is not self._running:
+        elif self.cycle is not running:
             self.pipeline.popleft()
             self._end_after_answers()
-        elif broken.response_started:
+        elif running.response_started:
             self.transport.close()
         else:
-            disconnect(broken)
+            running.disconnect()
             self._say(why)
 
     def _end_after_answers(self) -> None:
@@ -226,15 +251,15 @@ class Http(HttpToolsProtocol):
         if self._is_silent and why is refusal.TOO_SLOW:  # it never asked, so it is owed no answer
             self.transport.close()
         elif not self.transport.is_closing():
-            to_head = bool(self._head.target) and self._parser.get_method() == b"HEAD"
+            to_head = bool(self.url) and self._parser.get_method() == b"HEAD"
             self.transport.write(why.response(self.server_state.default_headers, to_head=to_head))
             self.transport.write_eof()
 
 
 def _why(e: httptools.HttpParserError) -> Refusal:
-    ours = e.__context__
-    if isinstance(ours, Refused):
-        return ours.refusal
-    if isinstance(e, httptools.HttpParserCallbackError) and not isinstance(ours, httptools.HttpParserError):
+    cause = e.__context__
+    if isinstance(cause, _Refused):
+        return cause.refusal
+    if isinstance(e, httptools.HttpParserCallbackError) and not isinstance(cause, httptools.HttpParserError):
         _log.error("the head of a request could not be handled", exc_info=e)
     return refusal.MALFORMED

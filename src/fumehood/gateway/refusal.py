@@ -77,7 +77,7 @@ BAD_UPGRADE = Refusal(
     501,
     Unsupported(
         "the connection can't be upgraded so",
-        cause="the only upgrade is from a GET without a body to a WebSocket",
+        cause="the only upgrade is from a GET without a body, in ASCII, to a WebSocket",
         remediation="use HTTP/1.1 without Upgrade (Java's HttpClient: version(HTTP_1_1))",
     ),
 )
