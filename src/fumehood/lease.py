@@ -32,15 +32,20 @@ class Lease:
     created_at: float = field(default_factory=time.time)
     token: str = field(default_factory=lambda: secrets.token_hex(32), repr=False)
     give_back: Callable[[], None] = lambda: None  # its place in the admission
+    queue_ms: float = 0.0  # that this place was waited for
 
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     ended_at: float | None = None
     cause: str = ""
     left_s: float = 0.0  # of the lease, when it was paused
-    # Pausing and resuming wait for each other: a freeze and a thaw at once would leave the state and the kernel at odds.
+    paused_at: float | None = None
+    paused_s: float = 0.0  # in all pauses that are over: they do not count as its life
+    # Pausing, resuming, extending and ending wait for each other: a freeze and a thaw at once would leave the state and the
+    # kernel at odds, and a freeze after a kill would keep the dead from ending.
     moving: asyncio.Lock = field(default_factory=asyncio.Lock)
     timer: asyncio.TimerHandle | None = None
     watch: asyncio.Task[None] | None = None
+    ending: asyncio.Task[None] | None = None
 
     @property
     def id(self) -> str:

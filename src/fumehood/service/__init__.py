@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import replace
 from typing import Any, Self
 
@@ -47,6 +47,7 @@ class Service:
         self.supervisor = Supervisor(config, TIERS)
         self.started_at = time.time()
         self.counts = Counter[str]()  # executions done, by status
+        self._coming = Counter[str]()  # sandboxes that are being made or claimed, by key
         self._chronicle = chronicle
         self._asks = Asks(config, lambda tier: self.supervisor.runtime(tier).late_limits)
         self._admission = Admission(config)
@@ -115,10 +116,11 @@ class Service:
         execution_id: str | None = None,
     ) -> Result:
         """A sandbox for this one execution, ended before this returns."""
-        wait = self._admission.wait(caller, ask.priority, ask.wait_s)
+        wait = self._admission.wait(caller, ask.priority, ask.wait_s).within(request.timeout_s)
         lease, turn = await self._create(caller, replace(ask, on_expiry="kill", lease_s=None), wait)
         try:
-            running = self._begin(lease, request, sinks, wait, execution_id=execution_id, turn=turn)
+            waited_ms = lease.queue_ms
+            running = self._begin(lease, request, sinks, wait, execution_id=execution_id, turn=turn, waited_ms=waited_ms)
             return await self._executions.result(running)
         finally:
             if turn is not None:
@@ -129,13 +131,13 @@ class Service:
         """Also the turn that it still holds when it had to be made: making one takes as much of the processors as a run."""
         spec, kind = self._asks.resolve(caller, ask)
         lease_s = self._asks.lease_s(ask, spec)
-        self._check_key(caller)
         async with contextlib.AsyncExitStack() as undo:
-            place = undo.enter_context(await self._admission.place(wait, spec.limits.memory_bytes))
-            turn, live = None, await self._source.claim(spec, kind)
-            if live is None:
-                turn = undo.enter_context(await self._admission.turn(wait))
-                live = await self._source.make(spec, kind)
+            with self._one_more_of(caller):
+                place = undo.enter_context(await self._admission.place(wait, spec.limits.memory_bytes + spec.limits.swap_bytes))
+                turn, live = None, await self._source.claim(spec, kind)
+                if live is None:
+                    turn = undo.enter_context(await self._admission.turn(wait))
+                    live = await self._source.make(spec, kind)
             lease = Lease(
                 live,
                 caller.tenant,
@@ -147,6 +149,7 @@ class Service:
                 ask.auto_resume,
                 ask.metadata,
                 give_back=place.release,
+                queue_ms=place.queue_ms,
             )
             await self._leases.add(lease)
             undo.pop_all()
@@ -228,19 +231,16 @@ class Service:
         *,
         execution_id: str | None = None,
         turn: Grant | None = None,
+        waited_ms: float = 0.0,
     ) -> Running:
         """A timeout that was asked for counts from here: what is spent in the queue is not had afterwards (M11)."""
-        live, waited_s = lease.live, 0.0
+        live, waited_s = lease.live, waited_ms / 1e3
         live.deadline(request.timeout_s)
-        if request.timeout_s is not None:
-            wait = replace(wait, deadline_at=min(wait.deadline_at, time.monotonic() + request.timeout_s))
 
         async def granted() -> Grant:
             nonlocal waited_s
-            if turn is not None:
-                return turn
-            grant = await self._admission.turn(wait)
-            waited_s = grant.queue_ms / 1e3
+            grant = turn or await self._admission.turn(wait.within(request.timeout_s))
+            waited_s += grant.queue_ms / 1e3
             return grant
 
         async def work() -> Result:
@@ -250,7 +250,9 @@ class Service:
             return await (live.run(now, sinks) if isinstance(now, CodeRequest) else live.exec(now, sinks))
 
         kind = "code" if isinstance(request, CodeRequest) else "exec"
-        return self._executions.begin(lease.tenant, lease.id, kind, granted, work, execution_id)
+        running = self._executions.begin(lease.tenant, lease.id, kind, granted, work, execution_id, waited_ms)
+        self._source.busy(len(self._executions))
+        return running
 
     async def execution(self, caller: Caller, execution_id: str) -> ExecutionRecord:
         """Raises NotFound."""
@@ -292,16 +294,25 @@ class Service:
         """Of the operator's own tier, as probed on this host."""
         return self.supervisor.runtime(self.config.tier).capabilities().protections
 
-    def _check_key(self, caller: Caller) -> None:
-        bound = caller.limits.sandboxes
-        if bound and self._leases.count_of_key(caller.key_id) >= bound:
+    @contextlib.contextmanager
+    def _one_more_of(self, caller: Caller) -> Generator[None]:
+        """Those that are still to come count too: asking for many at once gets nobody more."""
+        bound, key = caller.limits.sandboxes, caller.key_id
+        if bound and self._leases.count_of_key(key) + self._coming[key] >= bound:
             raise RateLimited(
                 f"this key holds {bound} sandboxes",
                 cause="it may hold no more at once",
                 remediation="end one of them",
                 retry_after_s=5,
             )
+        self._coming[key] += 1
+        try:
+            yield
+        finally:
+            self._coming[key] -= 1
+            self._coming += Counter()  # forgets who has none
 
     def _executed(self, record: ExecutionRecord) -> None:
         self.counts[str(record.status)] += 1
+        self._source.busy(len(self._executions))
         self._chronicle.execution(record)

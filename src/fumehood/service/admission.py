@@ -7,7 +7,7 @@ import contextlib
 import math
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,11 @@ class Wait:
     @property
     def left_s(self) -> float:
         return max(0.0, self.deadline_at - time.monotonic())
+
+    def within(self, timeout_s: float | None) -> Wait:
+        """Not longer than the work itself may take, from now."""
+        end = self.deadline_at if timeout_s is None else time.monotonic() + timeout_s
+        return replace(self, deadline_at=min(self.deadline_at, end))
 
 
 class Admission:

@@ -18,8 +18,11 @@ from fumehood.records import Caller, OnExpiry
 
 PolicyAsk = str | Mapping[str, Any] | None
 # What one sandbox of a caller who is no admin may ask for at most. What is missing here is bounded by the admission
-# (memory_bytes, and with it the disk, which is memory) or harms nobody but its own sandbox. Output is held by the server.
-CEILINGS: Mapping[str, float] = {"pids": 4_096, "output_bytes": 64 * MIB, "output_kill_bytes": 16 * GIB, "open_files": 65_536}
+# (memory and swap, and with them the disk, which is memory) or harms nobody but its own sandbox. Output is held by the server.
+CEILINGS: Mapping[str, float] = {
+    "pids": 4_096, "output_bytes": 64 * MIB, "output_kill_bytes": 16 * GIB, "open_files": 65_536,
+    "cpu_weight": 100,  # what everybody has: more would be taken from the neighbours
+}  # fmt: skip
 
 _NO_FILES = "a server opens no files for its callers"
 
@@ -77,7 +80,9 @@ class Asks:
         if ask.policy is None or isinstance(ask.policy, str):
             if wrong := [n for n, v in ask.limits.items() if isinstance(v, bool) or not isinstance(v, int | float | str)]:
                 raise PolicyError(f"policy refused: limits.{wrong[0]}: no amount", remediation="see docs/policy.md")
-            spec, kind = self._named(ask.policy, ask.template, frozenset(ask.limits.items()), tier)
+            # The type too: 1.0 equals 1, and may be wrong where 1 is not.
+            limits = frozenset((name, value, type(value).__name__) for name, value in ask.limits.items())
+            spec, kind = self._named(ask.policy, ask.template, limits, tier)
         else:
             spec = resolve(_safe(caller, ask.policy), overrides=_laid_over(ask.limits), template=ask.template)
             kind = kind_of(spec, tier, self._late_limits(tier))
@@ -106,12 +111,12 @@ class Asks:
         return own if asked == "auto" else asked
 
     def _resolve_named(
-        self, policy: str | None, template: str | None, limits: frozenset[tuple[str, Any]], tier: str
+        self, policy: str | None, template: str | None, limits: frozenset[tuple[str, Any, str]], tier: str
     ) -> tuple[SandboxSpec, Kind]:
         if policy is not None:
             _preset(policy)
         named = self._config.default_policy if policy is None else policy
-        spec = resolve(named, overrides=_laid_over(dict(limits)), template=template)
+        spec = resolve(named, overrides=_laid_over({name: value for name, value, _ in limits}), template=template)
         return spec, kind_of(spec, tier, self._late_limits(tier))
 
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import secrets
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from pydantic import TypeAdapter
 from pydantic_core import PydanticSerializationError
 
 from fumehood.errors import FumehoodError, NotFound
-from fumehood.model import MIB, Result, Status
+from fumehood.model import KIB, MIB, Result, Status
 from fumehood.records import ExecutionKind, ExecutionRecord
 from fumehood.scheduler import Grant
 from fumehood.store import Store
@@ -22,6 +22,7 @@ from fumehood.store import Store
 _log = logging.getLogger("fumehood.service")
 _RESULT = TypeAdapter(Result)
 MAX_KEPT_BYTES = 8 * MIB  # of a result, as JSON, in the history; whoever waits for it gets all of it
+_CUT_CHARS = 128 * KIB  # of a stream or a traceback that is cut: a character takes up to 12 bytes of JSON
 
 Work = Callable[[], Awaitable[Result]]
 
@@ -37,7 +38,8 @@ def to_json(result: Result) -> bytes:
     except PydanticSerializationError:
         import json
 
-        return json.dumps(_RESULT.dump_python(result)).encode()
+        text = json.dumps(_RESULT.dump_python(result))
+        return json.dumps(json.loads(text, parse_constant=lambda _: None)).encode()  # NaN is null, as on the fast way
 
 
 @dataclass(eq=False)
@@ -45,6 +47,7 @@ class Running:
     record: ExecutionRecord
     turn: Callable[[], Awaitable[Grant]]
     work: Work
+    waited_ms: float = 0.0  # before it was begun here
     task: asyncio.Task[Result] | None = None
     cancelled: bool = False  # by its id: then the caller gets a result that says so
     is_over: bool = False
@@ -71,13 +74,14 @@ class Executions:
         turn: Callable[[], Awaitable[Grant]],
         work: Work,
         execution_id: str | None = None,
+        waited_ms: float = 0.0,
     ) -> Running:
         """Recorded and on its way: `work` begins once `turn` has granted it. Raises CapacityExceeded when the disk does not
         keep up; then nothing was begun.
         """
         record = ExecutionRecord(execution_id or new_id(), sandbox_id, tenant, kind, "queued", time.time())
         self._store.begin_execution(record)
-        running = self._alive[record.id] = Running(record, turn, work)
+        running = self._alive[record.id] = Running(record, turn, work, waited_ms)
         running.task = asyncio.create_task(self._to_the_end(running))
         running.task.add_done_callback(_seen)
         return running
@@ -89,8 +93,7 @@ class Executions:
             return await asyncio.shield(running.task)
         except asyncio.CancelledError:
             running.stop()
-            with contextlib.suppress(asyncio.CancelledError, FumehoodError):
-                await running.task
+            await asyncio.wait({running.task})  # a second cancellation ends this, not the writing
             raise
 
     def cancel(self, tenant: str, execution_id: str) -> bool:
@@ -143,13 +146,14 @@ class Executions:
             running.started_at = time.time()
             running.record = replace(running.record, state="running", started_at=running.started_at)
             result = await running.work()
-        return replace(result, timings=replace(result.timings, queue_ms=grant.queue_ms))
+        return replace(result, timings=replace(result.timings, queue_ms=running.waited_ms + grant.queue_ms))
 
     async def _finish(self, running: Running, result: Result) -> None:
         running.is_over = True
         record = replace(running.record, state="done", finished_at=time.time(), status=result.status, cause=result.cause[:4096])
         try:
-            await self._store.finish_execution(
+            write = partial(
+                self._store.finish_execution,
                 record.id,
                 started_at=running.started_at,
                 finished_at=record.finished_at or 0.0,
@@ -157,17 +161,29 @@ class Executions:
                 cause=_unicode(record.cause),
                 result=_kept(result),
             )
+            await self._written(running.record, write)
         finally:
             del self._alive[record.id]
             self._done(record)
 
+    async def _written(self, begun: ExecutionRecord, finish: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await finish()
+        except NotFound:  # the write that began it had failed, with nobody waiting for it
+            self._store.begin_execution(begun)
+            await finish()
+
 
 def _kept(result: Result) -> str:
     text = to_json(result)
-    if len(text) > MAX_KEPT_BYTES:
-        cut = replace(result, results=(), stdout=result.stdout[-MIB:], stderr=result.stderr[-MIB:])
-        text = to_json(replace(cut, stdout_truncated=True, stderr_truncated=True))
-    return text.decode()
+    return (text if len(text) <= MAX_KEPT_BYTES else to_json(_cut(result))).decode()
+
+
+def _cut(result: Result) -> Result:
+    error = result.error and replace(result.error, traceback=result.error.traceback[-_CUT_CHARS:])
+    cut = replace(result, results=(), changes=(), context=None, error=error)
+    cut = replace(cut, stdout=result.stdout[-_CUT_CHARS:], stderr=result.stderr[-_CUT_CHARS:])
+    return replace(cut, stdout_truncated=True, stderr_truncated=True)
 
 
 def _unicode(text: str) -> str:

@@ -39,20 +39,21 @@ class Leases:
         lease.watch = self._spawn(self._watch(lease))
         self._set_clock(lease)
         try:
-            await self._store.put_sandbox(lease.record)
+            async with lease.moving:  # nobody hears of its end before its start
+                await self._store.put_sandbox(lease.record)
+                self._note(lease, "sandbox.started", {"tier": lease.tier, "policy": lease.live.spec.policy_name})
         except BaseException:
             await asyncio.shield(self.end(lease, "it could not be recorded"))
             raise
-        self._note(lease, "sandbox.started", {"tier": lease.tier, "policy": lease.live.spec.policy_name})
 
     def get(self, caller: Caller, sandbox_id: str) -> Lease:
         """Raises NotFound, for another tenant's id too, and in the same words; SandboxGone for one's own that ended."""
         lease = self._live.get(sandbox_id)
         if lease is not None and lease.tenant == caller.tenant:
             return lease
-        tenant, cause = self._ended.get(sandbox_id, ("", ""))
+        tenant, cause = self._ended.get(sandbox_id, (None, ""))
         if tenant == caller.tenant:
-            raise SandboxGone("the sandbox ended", cause=cause, remediation="create a new sandbox")
+            raise _gone(cause)
         raise NotFound(f"no sandbox {sandbox_id[:40]!r}", remediation="list yours: it may have ended long ago")
 
     def find(self, sandbox_id: str) -> Lease | None:
@@ -77,63 +78,84 @@ class Leases:
             elif lease.is_paused:
                 raise InvalidTransition(f"the sandbox is {lease.live.state}", remediation="resume it first")
 
-    async def pause(self, lease: Lease, cause: str = "") -> None:
-        """Its lease stands still meanwhile. Raises InvalidTransition."""
+    async def pause(self, lease: Lease) -> None:
+        """Its lease stands still meanwhile. Raises InvalidTransition, SandboxGone."""
         async with lease.moving:
-            await lease.live.pause()
-            lease.left_s = max(0.0, lease.end_at - time.time())
-            await self._moved(lease, time.time() + self._config.paused_lifetime_s, "sandbox.paused", cause)
+            await self._pause(lease, max(0.0, lease.end_at - time.time()), "")
+
+    async def _pause(self, lease: Lease, left_s: float, cause: str) -> None:
+        await lease.live.pause()
+        lease.left_s, lease.paused_at = left_s, time.time()
+        await self._moved(lease, lease.paused_at + self._config.paused_lifetime_s, "sandbox.paused", cause)
 
     async def resume(self, lease: Lease) -> None:
-        """With what was left of its lease, or with a new one when nothing was. Raises InvalidTransition."""
+        """With what was left of its lease, or with a new one when nothing was. Raises InvalidTransition, SandboxGone."""
         async with lease.moving:
             await self._resume(lease, lease.left_s or lease.lease_s)
 
     async def _resume(self, lease: Lease, lease_s: float) -> None:
         await lease.live.resume()
-        await self._moved(lease, time.time() + lease_s, "sandbox.resumed", "")
+        now = time.time()
+        lease.paused_s += now - (lease.paused_at or now)
+        await self._moved(lease, min(now + lease_s, self._latest_end(lease)), "sandbox.resumed", "")
 
     async def _moved(self, lease: Lease, end_at: float, kind: str, cause: str) -> None:
+        if lease.ended.is_set():
+            raise _gone(lease.cause)
         lease.end_at = end_at
         self._set_clock(lease)
-        if not lease.ended.is_set():
-            await self._store.put_sandbox(lease.record)
-            self._note(lease, kind, {"cause": cause} if cause else {})
+        await self._store.put_sandbox(lease.record)
+        self._note(lease, kind, {"cause": cause} if cause else {})
+
+    def _latest_end(self, lease: Lease) -> float:
+        return lease.created_at + lease.paused_s + self._config.max_lifetime_s
 
     async def extend(self, lease: Lease, seconds: float) -> None:
-        """It ends in `seconds` from now, sooner or later than before; at once for 0 and less. Raises InvalidInput."""
-        if seconds > self._config.max_lifetime_s:
+        """It ends in `seconds` from now, sooner or later than before; at once for 0 and less.
+
+        Raises InvalidInput, SandboxGone.
+        """
+        if not seconds <= self._config.max_lifetime_s:  # nor is it NaN
             raise InvalidInput(
                 f"a lease of {seconds:g} s",
                 cause=f"this server gives leases of up to {self._config.max_lifetime_s:g} s",
                 remediation="extend it while it is needed",
             )
         if seconds <= 0:
-            await self._expire(lease)
+            await self._expire(lease, lease.end_at)
             return
-        lease.lease_s, lease.left_s = seconds, seconds
-        if not lease.is_paused:
-            lease.end_at = min(time.time() + seconds, lease.created_at + self._config.max_lifetime_s)
-            self._set_clock(lease)
-        await self._store.put_sandbox(lease.record)
+        async with lease.moving:
+            if lease.ended.is_set():
+                raise _gone(lease.cause)
+            lease.lease_s, lease.left_s = seconds, seconds
+            if not lease.is_paused:
+                lease.end_at = min(time.time() + seconds, self._latest_end(lease))
+                self._set_clock(lease)
+            await self._store.put_sandbox(lease.record)
 
     async def end(self, lease: Lease, cause: str) -> None:
-        """Once: the first cause stays. Returns when every process and every resource of it is gone."""
-        if lease.ended.is_set():
-            return
-        lease.ended_at, lease.cause = time.time(), cause
-        lease.ended.set()
-        self._forget(lease)
+        """Once: the first cause stays. Returns when every process and every resource of it is gone, to all who asked for it;
+        cancelling one of them ends the waiting only.
+        """
+        if lease.ending is None:
+            lease.ended_at, lease.cause = time.time(), cause
+            lease.ended.set()
+            self._forget(lease)
+            lease.ending = self._spawn(self._take_down(lease))
+        await asyncio.shield(lease.ending)
+
+    async def _take_down(self, lease: Lease) -> None:
         try:
-            await lease.live.kill(cause)
+            async with lease.moving:
+                await lease.live.kill(lease.cause)
             await self._supervisor.close_sandbox(lease.id)
         except FumehoodError:
             _log.exception("a sandbox could not be taken down", extra={"sandbox_id": lease.id})
         finally:
             lease.give_back()
-            self._note(lease, "sandbox.stopped", {"cause": cause})
-        with contextlib.suppress(NotFound):  # the very write that began it may have failed
-            await self._store.end_sandbox(lease.id, cause)
+            self._note(lease, "sandbox.stopped", {"cause": lease.cause})
+            with contextlib.suppress(NotFound):  # the very write that began it may have failed
+                await self._store.end_sandbox(lease.id, lease.cause)
 
     def _forget(self, lease: Lease) -> None:
         if lease.timer is not None:
@@ -152,19 +174,20 @@ class Leases:
     def _set_clock(self, lease: Lease) -> None:
         if lease.timer is not None:
             lease.timer.cancel()
-        left_s = max(0.0, lease.end_at - time.time())
-        loop = asyncio.get_running_loop()
-        lease.timer = loop.call_later(left_s, lambda: self._spawn(self._expire(lease)))
+        due, loop = lease.end_at, asyncio.get_running_loop()
+        lease.timer = loop.call_later(max(0.0, due - time.time()), lambda: self._spawn(self._expire(lease, due)))
 
-    async def _expire(self, lease: Lease) -> None:
-        if lease.on_expiry == "pause" and not lease.is_paused and not lease.ended.is_set():
-            try:
-                await self.pause(lease, "its lease is over")
-                lease.left_s = 0.0
-                return
-            except FumehoodError as e:
-                _log.warning("can't pause at the end of the lease, so it ends: %s", e, extra={"sandbox_id": lease.id})
-        await self.end(lease, "its paused time is over" if lease.is_paused else "its lease is over")
+    async def _expire(self, lease: Lease, due: float) -> None:
+        async with lease.moving:
+            if lease.ended.is_set() or lease.end_at != due:
+                return  # while this waited it was extended, paused or resumed, and has another end
+            over = "its paused time is over" if lease.is_paused else "its lease is over"
+            if lease.on_expiry == "pause" and not lease.is_paused:
+                try:
+                    return await self._pause(lease, 0.0, over)
+                except FumehoodError as e:
+                    _log.warning("can't pause at the end of the lease, so it ends: %s", e, extra={"sandbox_id": lease.id})
+        await self.end(lease, over)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
@@ -178,8 +201,11 @@ class Leases:
             _log.error("the end of a lease failed", exc_info=error)
 
     async def aclose(self, cause: str) -> None:
-        for result in await asyncio.gather(*(self.end(lease, cause) for lease in self.of(None)), return_exceptions=True):
-            if isinstance(result, BaseException):
-                _log.error("a sandbox could not be ended", exc_info=result)
-        if self._tasks:
+        while self._live or self._tasks:  # what is made meanwhile ends too
+            for lease in self.of(None):
+                self._spawn(self.end(lease, cause))
             await asyncio.wait(set(self._tasks))
+
+
+def _gone(cause: str) -> SandboxGone:
+    return SandboxGone("the sandbox ended", cause=cause, remediation="create a new sandbox")

@@ -29,10 +29,11 @@ class Source:
         while (live := self.pool.claim(kind)) is not None:
             self._unwatch(live)
             try:
-                await live.bind(spec)
+                async with asyncio.timeout(self._supervisor.config.agent_timeout_s):
+                    await live.bind(spec)
                 return live
-            except FumehoodError as e:
-                _log.warning("a warm sandbox was not ready: %s", e, extra={"sandbox_id": live.id})
+            except (FumehoodError, TimeoutError) as e:
+                _log.warning("a warm sandbox was not ready: %r", e, extra={"sandbox_id": live.id})
                 await self._close(live)
             except BaseException:
                 await asyncio.shield(self._close(live))
@@ -45,6 +46,9 @@ class Source:
     def keep(self, kind: Kind) -> None:
         """Some of this kind are warm from the start."""
         self.pool.keep(kind)
+
+    def busy(self, n_running: int) -> None:
+        self.pool.busy(n_running)
 
     def start(self) -> None:
         self.pool.start()
