@@ -7,15 +7,16 @@ from typing import Any
 
 import pytest
 from e2b_code_interpreter import Sandbox
-from e2b_server import UPLOAD_BYTES, Server
+from e2b_server import HEADER_TIMEOUT_S, UPLOAD_BYTES, Server
 
 from http_server import serving
 
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serving(tmp_path_factory.mktemp("e2b"), max_upload_bytes=UPLOAD_BYTES) as started:
-        yield Server(started.url, started.api_key)
+    home = tmp_path_factory.mktemp("e2b")
+    with serving(home, max_upload_bytes=UPLOAD_BYTES, header_timeout_s=HEADER_TIMEOUT_S) as started:
+        yield Server(started.url, started.api_key, started.process.pid, home)
 
 
 @pytest.fixture

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import httpx
 
-UPLOAD_BYTES = 8 << 20
+UPLOAD_BYTES, HEADER_TIMEOUT_S = 10 << 20, 2.0
 KEYS: Mapping[str, dict[str, Any]] = {
     "alpha": {"tenant": "alpha"},
     "beta": {"tenant": "beta"},
@@ -16,8 +18,9 @@ KEYS: Mapping[str, dict[str, Any]] = {
 
 
 class Server:
-    def __init__(self, url: str, admin_key: str) -> None:
-        self.url, self._admin = url, {"Authorization": f"Bearer {admin_key}"}
+    def __init__(self, url: str, admin_key: str, pid: int, home: Path) -> None:
+        self.url, self.pid, self.home = url, pid, home
+        self._admin = {"Authorization": f"Bearer {admin_key}"}
         self.keys = {name: self.new_key(**wanted) for name, wanted in KEYS.items()}
 
     def new_key(self, **wanted: Any) -> str:
@@ -35,3 +38,16 @@ class Server:
         """One of /metrics; 0 for what did not happen yet."""
         text = httpx.get(self.url + "/metrics", headers=self._admin).raise_for_status().text
         return next((float(line.rpartition(" ")[2]) for line in text.splitlines() if line.startswith(name + " ")), 0.0)
+
+    def connect(self) -> socket.socket:
+        host, _, port = self.url.removeprefix("http://").rpartition(":")
+        return socket.create_connection((host, int(port)), 20)
+
+    def raw(self, start: str, **headers: str) -> bytes:
+        """The whole answer to a request without a body, as it came, but for its time."""
+        shown = {"host": "127.0.0.1", "x-request-id": "same", "connection": "close", "content-length": "0", **headers}
+        head = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in shown.items())
+        with self.connect() as connection:
+            connection.sendall(f"{start} HTTP/1.1\r\n{head}\r\n".encode())
+            answer = connection.makefile("rb").read()
+        return b"\r\n".join(line for line in answer.split(b"\r\n") if not line.lower().startswith(b"date:"))

@@ -1,4 +1,4 @@
-"""Bodies in, answers out, in E2B's own words."""
+"""Answers in E2B's own words."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from starlette.requests import Request
 from starlette.responses import Response
 
 from fumehood.errors import FileFault, FumehoodError
@@ -26,11 +25,6 @@ class Refusal(Exception):
     def __init__(self, status: int, message: str, retry_after_s: int | None = None) -> None:
         super().__init__(message)
         self.status, self.message, self.retry_after_s = status, message, retry_after_s
-
-
-class TooLarge(Refusal):
-    def __init__(self, limit_bytes: int) -> None:
-        super().__init__(413, f"the body is over {limit_bytes} bytes")
 
 
 def status_of(e: FumehoodError) -> int:
@@ -60,13 +54,3 @@ def refused(e: Refusal) -> Response:
 def gone(sandbox_id: str) -> Response:
     """The one answer for a sandbox that is not there, is paused, or is not yours: nobody learns which (H14)."""
     return json_answer({"sandboxId": sandbox_id, "message": GONE, "code": 502}, 502)
-
-
-async def body(request: Request, limit_bytes: int) -> bytes:
-    """Counted as it is read, whatever Content-Length says. Raises TooLarge, starlette's ClientDisconnect."""
-    read = bytearray()
-    async for chunk in request.stream():
-        read += chunk
-        if len(read) > limit_bytes:
-            raise TooLarge(limit_bytes)
-    return bytes(read)

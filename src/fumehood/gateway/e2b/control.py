@@ -11,12 +11,15 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from fumehood.errors import FumehoodError, Unsupported
+from fumehood.gateway.auth import check_scope
+from fumehood.gateway.call import Call, until_gone
+from fumehood.gateway.once import Done, once
 from fumehood.lease import Lease
 from fumehood.records import Caller
 from fumehood.service import Service
 
 from . import views
-from .answers import Refusal, body, json_answer, refusal_of, refused
+from .answers import Refusal, json_answer, refusal_of, refused
 from .asked import (
     TEMPLATES,
     Connect,
@@ -73,6 +76,7 @@ class Control:
 
     async def _answer(self, request: Request) -> Response:
         caller = await self._authenticate(request)  # before the path: who has no key learns nothing of it
+        check_scope(caller, "sandboxes")
         methods: list[str] = []
         for method, pattern, handler in self._rows:
             if match := pattern.fullmatch(request.url.path):
@@ -84,8 +88,14 @@ class Control:
         raise Refusal(404, "no such path; building templates, volumes and secrets are not supported here (docs/e2b.md)")
 
     async def _create(self, caller: Caller, request: Request) -> Response:
-        ask = read(NewSandbox, await self._body(request)).ask(caller, self._config.max_lifetime_s)
-        return json_answer(views.opened(await self._service.create(caller, ask), request), 201)
+        ask = read(NewSandbox, await request.body()).ask(caller, self._config.max_lifetime_s)
+
+        async def made() -> Done:
+            lease = await until_gone(request, self._service.create(caller, ask))
+            return Done(201, lease.id.encode())  # not the answer: that holds secrets, and what is kept rests on the disk
+
+        done = await once(Call(self._service, caller), request, made)
+        return json_answer(views.opened(self._lease(caller, done.body.decode()), request), done.status)
 
     async def _list(self, caller: Caller, request: Request) -> Response:
         ask = ListAsk(request)
@@ -105,7 +115,7 @@ class Control:
 
     async def _connect(self, caller: Caller, request: Request, sandbox_id: str) -> Response:
         """Of a running one the lease never gets shorter; a paused one is resumed with a new lease."""
-        ask = read(Connect, await self._body(request))
+        ask = read(Connect, await request.body())
         check_timeout(ask.timeout, self._config.max_lifetime_s)
         lease = self._lease(caller, sandbox_id)
         if not ask.memory:
@@ -118,7 +128,7 @@ class Control:
         return json_answer(views.opened(lease, request), 201 if paused else 200)
 
     async def _timeout(self, caller: Caller, request: Request, sandbox_id: str) -> Response:
-        ask = read(Timeout, await self._body(request))
+        ask = read(Timeout, await request.body())
         lease = self._lease(caller, sandbox_id)
         if views.is_paused(lease):
             raise _unknown(sandbox_id)
@@ -128,7 +138,7 @@ class Control:
         return Response(status_code=_NO_CONTENT)
 
     async def _pause(self, caller: Caller, request: Request, sandbox_id: str) -> Response:
-        ask = read(Pause, await self._body(request))
+        ask = read(Pause, await request.body())
         lease = self._lease(caller, sandbox_id)
         if not ask.memory:
             raise Refusal(400, "a pause that drops the memory is not supported here: processes stay as they are")
@@ -142,7 +152,7 @@ class Control:
 
     async def _network(self, caller: Caller, request: Request, sandbox_id: str) -> Response:
         """Everything is denied already, so what denies more changes nothing and is true."""
-        ask = read(Network, await self._body(request))
+        ask = read(Network, await request.body())
         self._lease(caller, sandbox_id)
         refuse_open_network(ask, None, caller)
         return Response(status_code=_NO_CONTENT)
@@ -173,9 +183,6 @@ class Control:
             if e.code in ("not_found", "invalid_input", "sandbox_gone"):
                 raise _unknown(sandbox_id) from None
             raise
-
-    async def _body(self, request: Request) -> bytes:
-        return await body(request, self._config.max_body_bytes)
 
 
 def _unknown(sandbox_id: str) -> Refusal:

@@ -19,7 +19,7 @@ from fumehood.gateway.pour import BrokenOff, pour
 from fumehood.gateway.writing import Writing
 from fumehood.lease import Lease
 
-from .answers import Refusal, TooLarge, gone, json_answer, refusal_of, refused
+from .answers import Refusal, gone, json_answer, refusal_of, refused
 from .call import Call, check_user, leave, same
 from .connect import Fault
 from .form import Form
@@ -107,7 +107,7 @@ async def _upload(call: Call) -> list[dict[str, Any]]:
     if any(name.lower().startswith("x-metadata-") for name in headers):
         raise Refusal(400, "file metadata is not kept by this server; write the file without it (docs/e2b.md)")
     kind, options = parse_options_header(headers.get("content-type"))
-    pieces = _inflated(_limited(call), headers.get("content-encoding", "identity"), call.service.config.max_upload_bytes)
+    pieces = _inflated(call.request.stream(), headers.get("content-encoding", "identity"), call.service.config.max_upload_bytes)
     if kind == b"multipart/form-data":
         return await _parts(call, pieces, options.get(b"boundary", b""))
     if kind != b"application/octet-stream":
@@ -121,20 +121,11 @@ async def _upload(call: Call) -> list[dict[str, Any]]:
         await writing.abandon()
 
 
-async def _limited(call: Call) -> AsyncIterator[bytes]:
-    limit, read = call.service.config.max_upload_bytes, 0
-    async for chunk in call.request.stream():
-        read += len(chunk)
-        if read > limit:
-            raise TooLarge(limit)
-        if chunk:
-            yield chunk
-
-
 async def _inflated(chunks: AsyncIterator[bytes], encoding: str, limit_bytes: int) -> AsyncIterator[bytes]:
     if encoding == "identity":
         async for chunk in chunks:
-            yield chunk
+            if chunk:
+                yield chunk
         return
     if encoding != "gzip":
         raise Refusal(415, "the content encoding must be gzip or identity")
@@ -147,7 +138,7 @@ async def _inflated(chunks: AsyncIterator[bytes], encoding: str, limit_bytes: in
                 raise Refusal(400, "the body is not gzip") from None
             chunk, made = inflater.unconsumed_tail, made + len(piece)
             if made > limit_bytes:
-                raise TooLarge(limit_bytes)
+                raise Refusal(413, f"the body is over {limit_bytes} bytes when it is unpacked")
             yield piece
     if not inflater.eof or inflater.unused_data:
         raise Refusal(400, "the gzip body is cut short or has something after its end")

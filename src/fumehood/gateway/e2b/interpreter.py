@@ -18,7 +18,7 @@ from fumehood.gateway.feed import Feed
 from fumehood.gateway.pour import BrokenOff, pour
 from fumehood.model import CodeRequest, Result, RichResult
 
-from .answers import Refusal, body, gone, json_answer, status_of
+from .answers import gone, json_answer, status_of
 from .call import Call
 from .connect import Fault, parse, tables, text
 from .mime import result_line
@@ -36,8 +36,6 @@ async def serve(call: Call, scope: Scope, receive: Receive, send: Send) -> None:
         answer = await _answer(call, scope, receive, send)
     except (Fault, InvalidInput) as e:
         answer = _plain(e.message, 400)
-    except Refusal as e:
-        answer = _plain(e.message, e.status)
     except FumehoodError as e:
         ended = call.lease.ended.is_set() or e.code == "sandbox_gone"
         answer = gone(call.lease.id) if ended else _plain(str(e), status_of(e))
@@ -73,7 +71,7 @@ def _plain(message: str, status: int) -> Response:
 
 
 async def _json(call: Call) -> dict[str, Any]:
-    return parse(await body(call.request, call.service.config.max_body_bytes) or b"{}")
+    return parse(await call.request.body() or b"{}")
 
 
 def _language(message: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ from fumehood.errors import FumehoodError
 from fumehood.gateway.pour import BrokenOff, pour
 
 from . import filesystem, process
-from .answers import Refusal, body, gone, json_answer
+from .answers import gone, json_answer
 from .call import Call, basic_user, check_user
 from .connect import (
     MAX_FRAME_BYTES,
@@ -79,11 +79,9 @@ class Procedures:
     async def _one(self, call: Call, procedure: Unary) -> Response:
         try:
             check_user(basic_user(call.request.headers.get("authorization")))
-            return json_answer(await procedure(call, parse(await body(call.request, MAX_FRAME_BYTES) or b"{}")))
+            return json_answer(await procedure(call, parse(await _whole(call.request) or b"{}")))
         except Fault as e:
             return failed(e)
-        except Refusal as e:
-            return failed(Fault("resource_exhausted", e.message))
         except FumehoodError as e:
             return gone(call.lease.id) if call.lease.ended.is_set() else failed(fault_of(e))
 
@@ -98,12 +96,23 @@ class Procedures:
 
 
 _STREAM_INPUT = "/process.Process/StreamInput"
+_MAX_PAUSE_S = 120.0  # whoever has nothing to type sends a keepalive every 50 s
 
 
 def failed(fault: Fault, status: int | None = None, *, streamed: bool = False) -> Response:
     if streamed:
         return Response(encode_end(fault), 200, media_type=STREAM)
     return json_answer(fault.to_dict(), status or STATUSES[fault.code])
+
+
+async def _whole(request: Request) -> bytes:
+    """Counted as it is read, whatever Content-Length says. Raises Fault."""
+    read = bytearray()
+    async for chunk in request.stream():
+        read += chunk
+        if len(read) > MAX_FRAME_BYTES:
+            raise Fault("resource_exhausted", f"a message is at most {MAX_FRAME_BYTES} bytes")
+    return bytes(read)
 
 
 async def messages(request: Request) -> AsyncIterator[Message]:
@@ -144,6 +153,7 @@ async def _framed(call: Call, events: AsyncGenerator[Message, None]) -> AsyncGen
 
 async def _taken(call: Call) -> Response:
     """StreamInput: the one answer comes after the last message of the request, or when the sandbox ends under it."""
+    call.request.scope["fumehood.pause_s"] = _MAX_PAUSE_S  # see gateway/protocol.py
     try:
         check_user(basic_user(call.request.headers.get("authorization")))
     except Fault as e:
