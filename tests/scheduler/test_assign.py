@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from moment import MEMORY, NOW, UNTIMED, URGENT, Moment, before, moments, numbered
 
-from fumehood.scheduler import AGEING_S, RESERVE_AFTER_S, Ask, Capacity, Decision, Held, assign
+from fumehood.scheduler import AGEING_S, PRIORITIES, RESERVE_AFTER_S, Ask, Capacity, Decision, Held, assign
 
 pytestmark = pytest.mark.rootless
 
@@ -114,8 +114,23 @@ def test_a_tenant_at_its_cap_holds_up_nobody_else():
 
 def test_nothing_is_kept_for_an_ask_that_waits_for_its_own_tenants_places():
     waiting = numbered([Ask("a", NOW - 9, 0, MEMORY), Ask("b", NOW, 0, 2)])
-    decision = assign(waiting, {"a": Held(1, 4, 0.0)}, Capacity(3, MEMORY), NOW)
+    decision = assign(waiting, {"a": Held(1, 1, 0.0), "b": Held(2, 5, 0.0)}, Capacity(6, MEMORY), NOW)
     assert [ask.tenant for ask in decision.start] == ["b"]
+
+
+@pytest.mark.parametrize(("places", "started"), [(2, 0), (3, 1), (4, 2)])
+def test_one_place_and_its_memory_are_kept_for_one_large_ask_at_a_time(places: int, started: int):
+    large = [Ask(tenant, NOW - 9, 0, MEMORY) for tenant in "ab"]
+    small = [Ask("c", NOW, 0, memory) for memory in (1, 0, 0, 0)]
+    decision = assign(numbered(large + small), {"d": Held(1, 4, 0.0)}, Capacity(places, MEMORY), NOW)
+    assert [ask.memory_bytes for ask in decision.start] == [0] * started
+
+
+@pytest.mark.parametrize(("apart", "passes"), [(19.75, True), (20.25, False)])
+def test_from_the_lowest_priority_to_the_highest_is_20_ageing_steps(apart: float, passes: bool):
+    waited_s = apart * AGEING_S
+    asks = numbered([Ask("a", NOW - waited_s, 0, priority=PRIORITIES[0]), Ask("a", NOW, 0, priority=URGENT)])
+    assert assign(asks, {}, Capacity(1), NOW).start == (asks[passes],)
 
 
 def test_a_share_is_the_greater_of_places_and_memory():

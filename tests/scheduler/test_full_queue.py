@@ -22,30 +22,33 @@ async def test_a_full_queue_says_so_at_once():
     assert full.value.retryable and full.value.details["retry_after_s"] == 5
 
 
-@pytest.mark.parametrize(("apart_s", "retry_after_s"), [(0.01, 1), (3.0, 12), (100.0, 60)])
-async def test_retry_after_is_when_the_queue_will_have_had_its_turn_from_1_to_60_s(apart_s: float, retry_after_s: int):
+@pytest.mark.parametrize(("apart_s", "limit", "retry_after_s"), [(0.01, 4, 1), (3.0, 4, 12), (100.0, 4, 60), (3.0, 0, 1)])
+async def test_retry_after_is_when_the_queue_will_have_had_its_turn_from_1_to_60_s(
+    apart_s: float, limit: int, retry_after_s: int
+):
     now = [0.0]
-    scheduler = Scheduler(ONE, 4, clock=lambda: now[0])
+    scheduler = Scheduler(ONE, limit, clock=lambda: now[0])
     for _ in range(10):
         (await scheduler.admit("a")).release()
         now[0] += apart_s
     await scheduler.admit("a")
-    await waiting(scheduler, *"aaaa")
+    await waiting(scheduler, *"a" * limit)
     with pytest.raises(QueueFull) as full:
         await scheduler.admit("a")
     assert full.value.details["retry_after_s"] == retry_after_s
 
 
-async def test_in_a_full_queue_the_tenant_with_most_loses_its_last_to_one_with_two_fewer():
-    scheduler = Scheduler(ONE, 4)
+@pytest.mark.parametrize("limit", [4, 5])
+async def test_in_a_full_queue_the_tenant_with_most_loses_its_last_to_one_with_two_fewer(limit: int):
+    scheduler = Scheduler(ONE, limit)
     await scheduler.admit("a")
-    tasks = await waiting(scheduler, *"aaaa")
+    tasks = await waiting(scheduler, *"a" * limit)
     taken = await waiting(scheduler, *"bb")
-    assert scheduler.snapshot()["waiting"] == {"a": 2, "b": 2}
-    assert [type(outcome) for outcome in await outcomes(tasks[2:])] == [QueueFull, QueueFull]
+    assert scheduler.snapshot()["waiting"] == {"a": limit - 2, "b": 2}
+    assert [type(outcome) for outcome in await outcomes(tasks[-2:])] == [QueueFull, QueueFull]
     with pytest.raises(QueueFull):
-        await scheduler.admit("b")
-    assert not any(task.done() for task in tasks[:2] + taken)
+        scheduler.admit("b").send(None)
+    assert not any(task.done() for task in tasks[:-2] + taken)
 
 
 @pytest.mark.parametrize("cancelled", ["before", "after"])

@@ -10,7 +10,7 @@ import pytest
 from waiters import ONE, outcomes, ticks, waiting
 
 from fumehood.errors import DeadlineExceeded, Draining, InvalidInput
-from fumehood.scheduler import Capacity, Grant, Scheduler, queue
+from fumehood.scheduler import RESERVE_AFTER_S, Capacity, Grant, Scheduler, queue
 
 pytestmark = [pytest.mark.rootless, pytest.mark.usefixtures("nothing_is_left_unheard")]
 H17_S = 0.25  # how late a deadline may be
@@ -43,13 +43,13 @@ async def test_one_place_goes_round_between_tenants_whoever_came_first():
             order.append(tenant)
             await asyncio.sleep(0)
 
-    holder = await scheduler.admit("c")
+    holder = await scheduler.admit("d")
     async with asyncio.timeout(5), asyncio.TaskGroup() as group:
-        for tenant in "aaaabbb":
+        for tenant in "aaaabbcc":
             group.create_task(work(tenant))
         await ticks(3)
         holder.release()
-    assert "".join(order) == "abababa"
+    assert "".join(order) == "abcabcaa"
 
 
 @pytest.mark.parametrize("released_after", range(4))
@@ -128,6 +128,18 @@ async def test_a_tenant_at_its_cap_waits_for_itself_and_holds_up_nobody_else():
     assert scheduler.snapshot()["waiting"] == {"a": 1}
     mine.release()
     assert isinstance((await outcomes([second]))[0], Grant)
+
+
+async def test_what_was_kept_for_a_large_ask_is_free_again_when_it_gives_up():
+    now = [0.0]
+    scheduler = Scheduler(Capacity(4, 10), 5, clock=lambda: now[0])
+    await scheduler.admit("a", memory_bytes=6)
+    [large] = await waiting(scheduler, "b", memory_bytes=10)
+    now[0] = RESERVE_AFTER_S
+    [small] = await waiting(scheduler, "c", memory_bytes=1)
+    assert not small.done()
+    large.cancel()
+    assert isinstance((await outcomes([small]))[0], Grant)
 
 
 async def test_a_deadline_and_a_release_in_one_tick_are_one_decision(monkeypatch: pytest.MonkeyPatch):
