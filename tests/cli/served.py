@@ -33,13 +33,16 @@ class Served:
             program, env=self.env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=self.home
         )
 
-    def start(self) -> Served:
-        self.process, self.said = self.begin(), b""
+    def start(self, *options: str) -> Served:
+        self.process, self.said = self.begin(*options), b""
+        self.hear("Ctrl-C stops it")
+        return self
+
+    def hear(self, words: str) -> None:
         deadline = time.monotonic() + START_S
-        while b"Ctrl-C stops it" not in self.said:
+        while words.encode() not in self.said:
             assert self.process.poll() is None and time.monotonic() < deadline, self.said.decode()
             self.said += self._more(0.2)
-        return self
 
     def _more(self, wait_s: float) -> bytes:
         assert self.process.stdout is not None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
 import stat
 import subprocess
@@ -71,6 +73,29 @@ def test_what_runs_longer_than_the_grace_is_ended(command: list[str], tmp_path: 
     assert running.wait(30) != 0
 
 
+def test_a_second_ctrl_c_does_not_wait_for_what_runs(command: list[str], tmp_path: Path) -> None:
+    served = Served(command, tmp_path, grace_s=600).start()
+    running = subprocess.Popen([*command, "run", "-c", "while True: pass"], env=served.env, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 20
+    while not served.json("top")["status"]["executions"]:
+        assert time.monotonic() < deadline
+    served.process.send_signal(signal.SIGINT)
+    served.hear("again stops at once")
+    served.process.send_signal(signal.SIGINT)
+    assert served.process.wait(60) == served.stop() == 0
+    assert running.wait(30) != 0 and not served.file.exists()
+
+
+def test_a_signal_while_it_starts_leaves_nothing_behind(served: Served) -> None:
+    served.process = served.begin()
+    deadline = time.monotonic() + 30
+    while not (served.state / "store.db").exists():
+        assert time.monotonic() < deadline
+    assert served.stop() in (0, 143) and not served.file.exists()
+    served.start()
+    assert "killed" not in served.said.decode()
+
+
 def test_one_store_has_one_server(served: Served) -> None:
     served.start()
     said = _refused(served, "--listen", "127.0.0.1:0")
@@ -90,6 +115,22 @@ def test_listening_where_it_should_not_is_refused_h14(served: Served, options: l
     _refused(served, "--listen", *options)
 
 
+def test_listening_everywhere_it_is_found_on_loopback_wherever_this_users_commands_are_sent(served: Served) -> None:
+    served.env["FUMEHOOD_URL"] = "http://127.0.0.1:1"  # of commands; a server that asked it would find nobody
+    served.start("--listen", "0.0.0.0:0")
+    assert "warning: keys cross the network" in served.said.decode()
+    url = served.announced()["url"]
+    assert url.startswith("http://127.0.0.1:")
+    key = served.announced()["api_key"]
+    assert served.do("run", "-c", "6 * 7", "--url", url, "--api-key", key) == "42\n"
+
+
+def test_without_the_server_part_it_says_what_to_install(command: list[str], tmp_path: Path) -> None:
+    lacking = [command[0], "-c", f"import sys; sys.modules['fastapi'] = None; {command[2]}"]
+    said = _refused(Served(lacking, tmp_path))
+    assert "fastapi is not installed" in said and "fumehood[server]" in said
+
+
 def test_a_weak_key_of_the_operators_is_refused_h14(command: list[str], tmp_path: Path) -> None:
     _refused(Served(command, tmp_path, server_key="changeme"), "--listen", "127.0.0.1:0")
 
@@ -105,13 +146,8 @@ def test_without_keys_it_serves_this_machine_only(command: list[str], tmp_path: 
 
 def test_a_unix_socket_is_found_like_a_port_and_closed_to_others(command: list[str], tmp_path: Path) -> None:
     path = tmp_path / "api.sock"
-    served = Served(command, tmp_path)
-    served.process = served.begin("--listen", f"unix:{path}")
+    served = Served(command, tmp_path).start("--listen", f"unix:{path}")
     try:
-        deadline = time.monotonic() + 30
-        while not served.file.exists():
-            assert time.monotonic() < deadline and served.process.poll() is None
-            time.sleep(0.1)
         assert served.announced()["url"] == f"unix:{path}"
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
         box = served.do("create").strip()
@@ -123,16 +159,9 @@ def test_a_unix_socket_is_found_like_a_port_and_closed_to_others(command: list[s
 
 def test_a_stale_file_does_not_send_its_key_to_whoever_took_the_port(served: Served) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
-        url = f"http://127.0.0.1:{other.getsockname()[1]}"
-        served.file.write_text(json.dumps({"url": url, "api_key": "secret", "pid": served_pid()}))
+        url = f"http://127.0.0.1:{other.getsockname()[1]}"  # and the pid of a process that lives, which proves nothing
+        served.file.write_text(json.dumps({"url": url, "api_key": "secret", "pid": os.getpid()}))
         assert served.run("ps").returncode == 125
         other.settimeout(0.1)
         with pytest.raises(TimeoutError):
             other.accept()
-
-
-def served_pid() -> int:
-    """Of a process that lives and is no server: a pid alone proves nothing."""
-    import os
-
-    return os.getpid()

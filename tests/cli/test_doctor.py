@@ -2,6 +2,8 @@ import json
 import subprocess
 from collections.abc import Callable
 
+import pytest
+
 from fumehood.cli.doctor import unmet
 from fumehood.model import Enforcement, Protection
 
@@ -42,3 +44,12 @@ def test_no_text_is_cut_and_each_fix_is_shown_once(fumehood: Run) -> None:
     assert "\u2026" not in text
     for fix in {p["fix"] for p in found["protections"]} - {""}:
         assert " ".join(text.split()).count(" ".join(fix.split())) == 1, fix
+
+
+@pytest.mark.parametrize("options", [["doctor"], ["doctor", "--json"]])
+def test_a_reader_that_leaves_is_told_nothing_and_gets_no_traceback(command: list[str], options: list[str]) -> None:
+    running = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert running.stdout is not None and running.stderr is not None
+    running.stdout.close()
+    with running.stderr:
+        assert (running.stderr.read(), running.wait(60)) == (b"", 141)

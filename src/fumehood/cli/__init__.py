@@ -13,7 +13,11 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")
     try:
         from fumehood.cli.app import start
+        from fumehood.cli.show import unread_is_fine
 
-        sys.exit(start())
+        code = start()
+        with unread_is_fine(sys.stdout):
+            sys.stdout.flush()
+        sys.exit(code)
     except KeyboardInterrupt:  # while still loading, so before there is any sandbox
         sys.exit(130)

@@ -18,7 +18,7 @@ from fumehood.model import Result, Status
 if TYPE_CHECKING:
     from fumehood.client.process import Exit
 
-USAGE, TIMEOUT, FAILED, REFUSED, KILLED, INTERRUPTED, TERMINATED = 2, 124, 125, 126, 137, 130, 143
+USAGE, TIMEOUT, FAILED, REFUSED, KILLED, INTERRUPTED, UNREAD, TERMINATED = 2, 124, 125, 126, 137, 130, 141, 143
 
 _BY_STATUS: dict[Status, int] = {
     "timeout": TIMEOUT,
@@ -80,14 +80,14 @@ def complain(what: str, cause: str = "", remediation: str = "") -> None:
 def _run(work: Coroutine[Any, Any, int]) -> int:
     import asyncio  # --help does not need it, and it is a third of what --help would take
 
-    return asyncio.run(_until_terminated(work))
+    return asyncio.run(until_terminated(work))
 
 
 def drive(
     work: Coroutine[Any, Any, int], *, as_json: bool = False, run: Callable[[Coroutine[Any, Any, int]], int] = _run
 ) -> None:
     """Run a verb and leave with its code. Ctrl-C and SIGTERM cancel it, so that `async with` ends the sandbox first (unless
-    `run` has a loop and signals of its own).
+    `work` has signal handlers of its own).
     """
     try:
         code = run(work)
@@ -98,16 +98,19 @@ def drive(
         complain(error.message, error.cause, error.remediation)
     except KeyboardInterrupt:
         code = INTERRUPTED
+    except BrokenPipeError:  # whoever read stdout left (`| head`): a shell's programs end so, too, and say nothing
+        code = UNREAD
     except Exception:  # a bug of ours: shown whole, but its code is not mistaken for the program's
         traceback.print_exc()
         code = FAILED
     raise typer.Exit(code)
 
 
-async def _until_terminated(work: Coroutine[Any, Any, int]) -> int:
+async def until_terminated(work: Coroutine[Any, Any, int]) -> int:
+    """Cancelled by SIGTERM, unless `work` puts a handler of its own in the place of this one."""
     import asyncio
 
-    task = asyncio.ensure_future(work)
+    task = asyncio.ensure_future(_heard(work))
     terminated = asyncio.Event()
 
     def stop() -> None:
@@ -120,6 +123,13 @@ async def _until_terminated(work: Coroutine[Any, Any, int]) -> int:
     if terminated.is_set():
         return TERMINATED
     raise KeyboardInterrupt  # asyncio.run cancelled us for SIGINT; by now the sandbox is gone
+
+
+async def _heard(work: Coroutine[Any, Any, int]) -> int:
+    try:
+        return await work
+    except SystemExit:  # rich's way to say that nobody reads; it would tear down the loop before any `async with`
+        raise BrokenPipeError from None
 
 
 def print_json(value: Any) -> None:

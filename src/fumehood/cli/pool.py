@@ -7,7 +7,7 @@ from typing import Any
 from fumehood.cli import exits, reach, show
 from fumehood.cli.reach import JsonOption, KeyOption, UrlOption
 
-COLUMNS = ("class", "ready", "target", "hits", "misses", "breaker")
+COLUMNS = ("class", "warm", "target", "hits", "misses", "breaker")
 
 
 def pool(as_json: JsonOption = False, url: UrlOption = None, api_key: KeyOption = None) -> None:

@@ -5,29 +5,34 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import importlib
 import ipaddress
 import logging
 import os
 import signal
 import sys
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine, Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fumehood.cli import exits, reach
-from fumehood.errors import InvalidInput
+from fumehood import __version__
+from fumehood.cli import exits, reach, show
+from fumehood.errors import InvalidInput, Unsupported
 
 if TYPE_CHECKING:
     import socket
 
     from fumehood.config import Config
     from fumehood.gateway.auth import Authenticator
+    from fumehood.model import Protection
     from fumehood.service import Service
 
 _log = logging.getLogger("fumehood.serve")
+_SERVER_PART = ("uvloop", "fumehood.gateway.app", "fumehood.gateway.server")
+Signals = tuple[asyncio.Event, asyncio.Event]  # set by the first, and by the second
 
 
 def serve(
@@ -40,19 +45,25 @@ def serve(
 
 
 def _on_uvloop(work: Coroutine[Any, Any, int]) -> int:
+    try:
+        for name in _SERVER_PART:
+            importlib.import_module(name)
+    except ModuleNotFoundError as missing:
+        work.close()
+        package = (missing.name or "a package").partition(".")[0]
+        raise Unsupported(
+            f"{package} is not installed", cause="the server needs it", remediation="install fumehood[server]"
+        ) from None
     import uvloop
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(work)
+        return runner.run(exits.until_terminated(work))
 
 
 async def _serve(listen: str | None, tier: str | None, no_auth: bool) -> int:
-    try:
-        from fumehood.gateway.server import address_of, bind, raise_nofile
-        from fumehood.service import Service
-    except ModuleNotFoundError as missing:
-        exits.complain(f"{missing.name} is not installed", "the server needs it", "install fumehood[server]")
-        return exits.FAILED
+    from fumehood.gateway.server import address_of, bind, raise_nofile
+    from fumehood.service import Service
+
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     config = _config(listen, tier)
     _refuse_open_doors(config, no_auth)
@@ -60,9 +71,9 @@ async def _serve(listen: str | None, tier: str | None, no_auth: bool) -> int:
     sock = bind(config.listen)
     with sock:
         async with await Service.open(config) as service:
-            url = address_of(sock, config.listen)
+            url, signals = address_of(sock, config.listen), _signals()
             with _announced(config, service, url, no_auth) as authenticate:
-                await _until_stopped(service, sock, url, authenticate)
+                await _until_stopped(service, sock, url, authenticate, signals)
     _say("stopped")
     return 0
 
@@ -99,7 +110,7 @@ def _is_here(listen: str) -> bool:
 
 
 @contextlib.contextmanager
-def _announced(config: Config, service: Service, url: str, no_auth: bool) -> Any:
+def _announced(config: Config, service: Service, url: str, no_auth: bool) -> Generator[Authenticator]:
     """Word for the command line of the same user; taken back while the store is still held."""
     from fumehood.gateway.auth import Authenticator, local_key
 
@@ -114,36 +125,39 @@ def _announced(config: Config, service: Service, url: str, no_auth: bool) -> Any
 
 
 def _welcome(service: Service, url: str, file: Path, no_auth: bool) -> None:
-    _say(f"fumehood serves on {url} (pid {os.getpid()})")
-    _say(
-        "no key is asked for: whoever is on this machine is an admin" if no_auth else f"the key of this user's commands: {file}"
-    )
+    _say(f"fumehood {__version__} serves on {url} (pid {os.getpid()})")
+    if no_auth:
+        _say("no key is asked for: whoever is on this machine is an admin")
+    else:
+        _say(f"key: {file}, where this user's commands find it; for others: fumehood keys create")
     if not _is_here(service.config.listen) and url.startswith("http:"):
         _say("warning: keys cross the network in the clear; put a TLS proxy before it (docs/operating.md)")
-    by_state = defaultdict[str, list[str]](list)
-    for protection in service.protections():
-        by_state[str(protection.state)].append(protection.name)
-    for state in ("enforced", "degraded", "off"):
-        if names := by_state[state]:
-            _say(f"{state}: {', '.join(names)}")
+    _say(_enforced(service.protections()))
     if lost := service.store.recovered.sandboxes:
         _say(f"the last server was killed: {lost} sandbox(es) of it were ended")
     _say("Ctrl-C stops it")
 
 
-async def _until_stopped(service: Service, sock: socket.socket, url: str, authenticate: Authenticator) -> None:
+def _enforced(protections: Sequence[Protection]) -> str:
+    """`enforced: 20 protections; off: block-io (see fumehood doctor)`: by name only what is not as it should be."""
+    by_state = defaultdict[str, list[str]](list)
+    for protection in protections:
+        by_state[str(protection.state)].append(protection.name)
+    lacking = [f"{state}: {', '.join(by_state[state])}" for state in ("degraded", "off") if by_state[state]]
+    return "; ".join([f"enforced: {len(by_state['enforced'])} protections", *lacking]) + " (see fumehood doctor)"
+
+
+async def _until_stopped(
+    service: Service, sock: socket.socket, url: str, authenticate: Authenticator, signals: Signals
+) -> None:
     from fumehood.gateway.app import create_app
     from fumehood.gateway.server import serve as serve_http
 
-    stopping, hurry = _signals()
+    stopping, hurry = signals
 
     async def drained() -> None:
         _say(f"draining: at most {service.config.grace_s:g} s; Ctrl-C again stops at once")
-        draining = asyncio.ensure_future(service.drain(service.config.grace_s))
-        impatient = asyncio.ensure_future(hurry.wait())
-        await asyncio.wait({draining, impatient}, return_when=asyncio.FIRST_COMPLETED)
-        for task in (draining, impatient):
-            task.cancel()
+        await _drain(service, hurry)
         service.events.close()
 
     async with _mcp(service, url) as mcp:
@@ -151,8 +165,18 @@ async def _until_stopped(service: Service, sock: socket.socket, url: str, authen
         await serve_http(app, sock, service.config, stopping=stopping, drained=drained)
 
 
-def _signals() -> tuple[asyncio.Event, asyncio.Event]:
-    """Set by the first signal, and by the second."""
+async def _drain(service: Service, hurry: asyncio.Event) -> None:
+    draining = asyncio.create_task(service.drain(service.config.grace_s))
+    hurrying = asyncio.create_task(hurry.wait())
+    await asyncio.wait({draining, hurrying}, return_when=asyncio.FIRST_COMPLETED)
+    hurrying.cancel()
+    if draining.done():
+        return draining.result()
+    draining.cancel()
+    await service.drain(0)
+
+
+def _signals() -> Signals:
     first, second = asyncio.Event(), asyncio.Event()
 
     def signalled() -> None:
@@ -186,4 +210,4 @@ def _hosts(config: Config) -> list[str]:
 
 
 def _say(line: str) -> None:
-    print(line, flush=True)
+    show.write(sys.stdout, line + "\n")

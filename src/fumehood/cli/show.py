@@ -20,21 +20,22 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 def write(stream: Any, text: str) -> None:
     """Guest text as it is into a pipe or file, harmless onto a terminal."""
-    with _read(stream):
+    with unread_is_fine(stream):
         stream.write(harmless(text) if stream.isatty() else text)
         stream.flush()
 
 
 def raw(stream: Any, data: bytes) -> None:
     """Guest bytes as they are: into a pipe or file, or onto a terminal that is the guest's for the time being."""
-    with _read(stream):
+    with unread_is_fine(stream):
         view = memoryview(data)
         while view:
             view = view[os.write(stream.fileno(), view) :]
 
 
 @contextmanager
-def _read(stream: Any) -> Generator[None]:
+def unread_is_fine(stream: Any) -> Generator[None]:
+    """Around what writes to `stream`."""
     try:
         yield
     except BrokenPipeError:  # the reader left (`| head`); the program goes on, unread

@@ -123,6 +123,11 @@ def _quitting() -> Generator[asyncio.Event]:
             loop.remove_reader(stdin)
 
 
+def _queue(name: str, facts: dict[str, Any]) -> str:
+    """`turns 3/16, waiting 2`: held of those there are, and asked for by all tenants together."""
+    return f"{name} {facts['held_total']['places']}/{facts['capacity']['places']}, waiting {sum(facts['waiting'].values())}"
+
+
 def _picture(view: View) -> RenderableType:
     from rich.console import Group
     from rich.text import Text
@@ -132,5 +137,5 @@ def _picture(view: View) -> RenderableType:
     head = Text(f"{len(view.rows)} sandboxes   {time.strftime('%H:%M:%S')}   q leaves", "bold")
     if view.status is None:
         return Group(head, boxes)
-    queue = Text(" ".join(f"{k} {show.word(v)}" for k, v in view.status.get("scheduler", {}).items()))
-    return Group(head, queue, show.grid(pool.COLUMNS, pool.rows(view.status.get("pools", []))), Text(), boxes)
+    queues = Text("   ".join(_queue(name, facts) for name, facts in view.status["scheduler"].items()))
+    return Group(head, queues, show.grid(pool.COLUMNS, pool.rows(view.status["pools"])), Text(), boxes)
