@@ -23,7 +23,7 @@ Receive, Send = Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[
 
 @dataclass
 class App:
-    """`/echo /hold /stream /big /boom /cut`; anything else is /healthz. `gone` counts the requests whose client went away."""
+    """`/echo /patient /hold /stream /big /boom /cut`; anything else is /healthz. `gone` counts the requests whose client went away."""
 
     release: asyncio.Event = field(default_factory=asyncio.Event)
     held: int = 0
@@ -49,6 +49,10 @@ class App:
                 return
             body, more = body + message["body"], message["more_body"]
         await _answer(send, body)
+
+    async def _patient(self, receive: Receive, send: Send) -> None:
+        self.scopes[-1]["fumehood.pause_s"] = 60.0
+        await self._echo(receive, send)
 
     async def _hold(self, receive: Receive, send: Send) -> None:
         """Answers once released; meanwhile it listens whether its client is there."""

@@ -104,6 +104,14 @@ async def test_a_slow_body_that_goes_on_is_taken_whole(small: Served) -> None:
     assert answers(await client.rest())[0].body == b"abcdefgh"
 
 
+async def test_an_app_may_let_its_client_pause_for_longer(small: Served) -> None:
+    client = await small.client()
+    await client.send(b"PUT /patient HTTP/1.1\r\nConnection: close\r\n" + HEAD + b"Content-Length: 2\r\n\r\na")
+    await asyncio.sleep(SOON_S * 3)
+    await client.send(b"b")
+    assert answers(await client.rest())[0].body == b"ab"
+
+
 async def test_a_client_that_waits_for_100_continue_is_not_called_slow(tmp_path: Path) -> None:
     async with served(tmp_path, header_timeout_s=SOON_S) as small:
         client = await small.client()

@@ -23,7 +23,7 @@ class Cycle(RequestResponseCycle):
 
 
 class OldCycle(Cycle):
-    """HTTP/1.0 (nginx's default) knows no chunks, but uvicorn sends them: an answer of unknown length ends with the connection."""
+    """HTTP/1.0 (nginx's default) has no chunks, which uvicorn would send: an answer of unknown length ends the connection."""
 
     is_endless = False
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import httptools
 
 from fumehood.gateway import refusal
@@ -9,6 +11,27 @@ from fumehood.gateway.refusal import Headers, Refusal
 
 MAX_HEAD_BYTES = 32 << 10  # of target, names and values; trailers count too
 MAX_HEADERS = 100
+
+
+_log = logging.getLogger("uvicorn.error")
+
+
+class Refused(Exception):
+    """Raised in a callback of llhttp, which keeps it as the context of its own error."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal.error.message)
+        self.refusal = refusal
+
+
+def why(e: httptools.HttpParserError) -> Refusal:
+    """What a client is told of an error that llhttp raised."""
+    cause = e.__context__
+    if isinstance(cause, Refused):
+        return cause.refusal
+    if isinstance(e, httptools.HttpParserCallbackError) and not isinstance(cause, httptools.HttpParserError):
+        _log.error("the head of a request could not be handled", exc_info=e)
+    return refusal.MALFORMED
 
 
 def wrong_with(version: str, target: bytes, headers: Headers, *, upgrades: bool) -> Refusal | None:

@@ -8,7 +8,6 @@ runs), pipelining has a bound, and a refusal never stands inside another answer.
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -23,18 +22,17 @@ from uvicorn.server import ServerState
 
 from fumehood.gateway import refusal
 from fumehood.gateway.cycle import Cycle, ours
-from fumehood.gateway.head import MAX_HEAD_BYTES, MAX_HEADERS, wrong_with
+from fumehood.gateway.head import MAX_HEAD_BYTES, MAX_HEADERS, Refused, why, wrong_with
 from fumehood.gateway.refusal import Refusal
 
 MAX_PIPELINED = 8  # requests that wait for the answer before theirs; nobody needs more than one, each costs some KiB
 KEEP_ALIVE_S = 10  # idle; more than the 4 s of our own client, which should be the one that closes
 LINGER_S = 1.0  # a refused client may go on sending for so long: closed earlier, its kernel may drop the refusal unread
 MAX_TURNED_AWAY = 128  # that linger at once; more are dropped without a word
-_log = logging.getLogger("uvicorn.error")
 
 
 @dataclass(slots=True)
-class Door:
+class Places:
     """How many may be inside. `turned_away` are those that only wait for their refusal to be read."""
 
     max_connections: int
@@ -55,14 +53,6 @@ class _At(Enum):
 _DEAF = (_At.DEAF, _At.LINGER)
 
 
-class _Refused(Exception):
-    """Goes through llhttp, which keeps it as the context of its own error."""
-
-    def __init__(self, refusal: Refusal) -> None:
-        super().__init__(refusal.error.message)
-        self.refusal = refusal
-
-
 class _Flow(FlowControl):
     def __init__(self, transport: asyncio.Transport, resumed: Callable[[], None]) -> None:
         super().__init__(transport)
@@ -76,7 +66,7 @@ class _Flow(FlowControl):
 class Http(HttpToolsProtocol):
     def __init__(
         self,
-        door: Door,
+        places: Places,
         config: uvicorn.Config,
         server_state: ServerState,
         app_state: dict[str, Any],
@@ -84,7 +74,7 @@ class Http(HttpToolsProtocol):
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self._parser = cast("httptools.HttpRequestParser", self.parser)  # uvicorn drops its own with the connection
-        self._door = door
+        self._places = places
         self._turned_away = False
         self._running: Cycle | None = None  # `cycle` is the newest, which may still wait in the pipeline
         self._at, self._since = _At.HEAD, self.loop.time()
@@ -97,18 +87,18 @@ class Http(HttpToolsProtocol):
     # -- the connection
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        inside = len(self.connections) - self._door.turned_away
+        inside = len(self.connections) - self._places.turned_away
         super().connection_made(transport)
         self.flow = _Flow(transport, self._touch)
-        if inside >= self._door.max_connections:
+        if inside >= self._places.max_connections:
             self._turned_away = True
-            self._door.turned_away += 1
+            self._places.turned_away += 1
             self._say(refusal.CROWDED)
-            if self._door.turned_away > MAX_TURNED_AWAY:
+            if self._places.turned_away > MAX_TURNED_AWAY:
                 transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._door.turned_away -= self._turned_away
+        self._places.turned_away -= self._turned_away
         if self._running is not None and not self._running.response_complete:
             self._running.disconnect()  # uvicorn tells only the newest request, not the one that runs before it
         super().connection_lost(exc)
@@ -123,7 +113,7 @@ class Http(HttpToolsProtocol):
         except httptools.HttpParserUpgrade:
             self._upgrade()
         except httptools.HttpParserError as e:
-            self._refuse(_why(e))
+            self._refuse(why(e))
         else:
             self._raw_bytes += len(data)
             if self._at is _At.HEAD and self._raw_bytes > MAX_HEAD_BYTES:
@@ -145,7 +135,7 @@ class Http(HttpToolsProtocol):
 
     def _may_wait_s(self) -> float:
         """The app may give more time for a body that is written by hand (what is typed into a program)."""
-        default_s = self._door.header_timeout_s
+        default_s = self._places.header_timeout_s
         return self.cycle.scope.get("fumehood.pause_s", default_s) if self._at is _At.BODY else default_s
 
     def _holds_client(self) -> bool:
@@ -164,7 +154,7 @@ class Http(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         if len(self.pipeline) >= MAX_PIPELINED:
-            raise _Refused(refusal.MALFORMED)
+            raise Refused(refusal.MALFORMED)
         super().on_message_begin()
         self._head_bytes = 0
         self._at, self._since = _At.HEAD, self.loop.time()
@@ -174,19 +164,19 @@ class Http(HttpToolsProtocol):
         super().on_url(url)
         self._head_bytes += len(url)
         if self._head_bytes > MAX_HEAD_BYTES:
-            raise _Refused(refusal.HEAD_TOO_LARGE)
+            raise Refused(refusal.HEAD_TOO_LARGE)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._head_bytes += len(name) + len(value)
         if self._head_bytes > MAX_HEAD_BYTES or len(self.headers) >= MAX_HEADERS:
-            raise _Refused(refusal.HEAD_TOO_LARGE)
+            raise Refused(refusal.HEAD_TOO_LARGE)
         if self._at is _At.HEAD:  # else it is a trailer
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         version, upgrades = self._parser.get_http_version(), self._parser.should_upgrade()
         if wrong := wrong_with(version, self.url, self.headers, upgrades=upgrades):
-            raise _Refused(wrong)
+            raise Refused(wrong)
         super().on_headers_complete()
         self._at, self._since = _At.BODY, self.loop.time()
 
@@ -195,7 +185,7 @@ class Http(HttpToolsProtocol):
             self._since = self.loop.time()
         super().on_body(body)
         if self.pipeline and len(self.cycle.body) > HIGH_WATER_LIMIT + self._piece_bytes:
-            raise _Refused(refusal.MALFORMED)  # its turn has not come, and the request before it keeps the connection read
+            raise Refused(refusal.MALFORMED)  # its turn has not come, and the request before it keeps the connection read
 
     def on_message_complete(self) -> None:
         self._at, self._since = _At.BETWEEN, self.loop.time()
@@ -223,12 +213,12 @@ class Http(HttpToolsProtocol):
             self._since = self.loop.time()
         super().on_response_complete()
 
-    def _refuse(self, why: Refusal) -> None:
+    def _refuse(self, because: Refusal) -> None:
         """Answer what is being received by a refusal, unless that would stand inside or before another answer."""
         is_body = self._at is _At.BODY
         running = self._running
         if not is_body and not self._is_busy():
-            self._say(why)
+            self._say(because)
         elif running is None or not is_body:
             self._end_after_answers()
         elif self.cycle is not running:
@@ -238,7 +228,7 @@ class Http(HttpToolsProtocol):
             self.transport.close()
         else:
             running.disconnect()
-            self._say(why)
+            self._say(because)
 
     def _end_after_answers(self) -> None:
         self._at = _At.DEAF
@@ -246,20 +236,11 @@ class Http(HttpToolsProtocol):
         if last is not None:
             last.keep_alive = False
 
-    def _say(self, why: Refusal) -> None:
+    def _say(self, because: Refusal) -> None:
         self._at, self._since = _At.LINGER, self.loop.time()
-        if self._is_silent and why is refusal.TOO_SLOW:  # it never asked, so it is owed no answer
+        if self._is_silent and because is refusal.TOO_SLOW:  # it never asked, so it is owed no answer
             self.transport.close()
         elif not self.transport.is_closing():
             to_head = bool(self.url) and self._parser.get_method() == b"HEAD"
-            self.transport.write(why.response(self.server_state.default_headers, to_head=to_head))
+            self.transport.write(because.response(self.server_state.default_headers, to_head=to_head))
             self.transport.write_eof()
-
-
-def _why(e: httptools.HttpParserError) -> Refusal:
-    cause = e.__context__
-    if isinstance(cause, _Refused):
-        return cause.refusal
-    if isinstance(e, httptools.HttpParserCallbackError) and not isinstance(cause, httptools.HttpParserError):
-        _log.error("the head of a request could not be handled", exc_info=e)
-    return refusal.MALFORMED

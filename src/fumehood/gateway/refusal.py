@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 
 from fumehood.errors import CapacityExceeded, FumehoodError, InvalidInput, Unsupported
+from fumehood.gateway import problems
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -21,16 +22,10 @@ class Refusal:
 
     def parts(self) -> tuple[Headers, bytes]:
         """Headers and body. The connection ends with it: what follows on it could no longer be told from this request."""
-        request_id, error = secrets.token_hex(8), self.error
-        standard = {
-            "type": f"urn:fumehood:error:{error.code}",
-            "title": error.message,
-            "status": self.status,
-            "detail": error.cause,
-        }
-        body = json.dumps({**standard, **error.to_dict(), "request_id": request_id}).encode()
+        request_id = secrets.token_hex(8)
+        body = json.dumps(problems.form(self.error, self.status, request_id)).encode()
         headers = [
-            (b"content-type", b"application/problem+json"),
+            (b"content-type", problems.MEDIA_TYPE.encode()),
             (b"content-length", str(len(body)).encode()),
             (b"x-request-id", request_id.encode()),
             (b"connection", b"close"),

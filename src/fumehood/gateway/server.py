@@ -20,7 +20,7 @@ from fumehood.agent.wire import MAX_PAYLOAD_BYTES
 from fumehood.config import Config
 from fumehood.gateway.connections import WebSocket, sweep
 from fumehood.gateway.listen import BACKLOG, address_of, bind
-from fumehood.gateway.protocol import KEEP_ALIVE_S, Door, Http
+from fumehood.gateway.protocol import KEEP_ALIVE_S, Http, Places
 
 __all__ = ["address_of", "bind", "raise_nofile", "serve"]
 
@@ -91,11 +91,11 @@ class _Server(uvicorn.Server):
 
 
 def _uvicorn(app: ASGI3Application, config: Config) -> uvicorn.Config:
-    door = Door(config.max_connections, config.header_timeout_s)
+    places = Places(config.max_connections, config.header_timeout_s)
     return uvicorn.Config(
         app,
         interface="asgi3",
-        http=cast("Any", functools.partial(Http, door)),
+        http=cast("Any", functools.partial(Http, places)),
         ws=WebSocket,
         ws_max_size=MAX_PAYLOAD_BYTES + (64 << 10),
         ws_per_message_deflate=False,  # a message of 16 MiB would hold the one loop that everybody shares
