@@ -46,7 +46,7 @@ def _quantity(value: object, units: Mapping[str, float], example: str) -> float:
 
 def _size(value: object) -> int:
     amount = _quantity(value, _SIZE_UNITS | _BINARY_UNITS, '"512MiB"')
-    if amount != int(amount):  # also refuses nan and inf
+    if isinstance(amount, float) and not amount.is_integer():  # also refuses nan and inf
         raise ValueError(f"{value!r} is no whole number of bytes")
     return int(amount)
 
