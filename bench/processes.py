@@ -67,7 +67,8 @@ def entries(path: str) -> int:
 def cgroups() -> list[Path]:
     """Every cgroup of this host that is mounted somewhere, of all hierarchies."""
     mounts = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines() if " cgroup" in line]
-    return [d for mount in mounts for d in Path(mount).rglob("*") if d.is_dir()]
+    # os.walk and not rglob: groups of other processes go while we look, which it takes as it comes.
+    return [Path(top, name) for mount in mounts for top, names, _ in os.walk(mount) for name in names]
 
 
 class Peak:

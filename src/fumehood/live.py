@@ -40,7 +40,8 @@ class Live:
         self.link: Link
         self.create_ms = 0.0
         self.gone_because = ""
-        self._active = 0
+        self._active, self._calm = 0, asyncio.Event()  # calm: nothing runs, so nobody reads the handle any more
+        self._calm.set()
         self._refused: Counter[tuple[str, str]] = Counter()
         self._attempts: Counter[ConnectionAttempt] = Counter()
         self._expiry: asyncio.TimerHandle | None = None
@@ -112,9 +113,12 @@ class Live:
         if self.state is not SandboxState.RUNNING:
             self.state = move(self.state, SandboxState.RUNNING)
         self._active += 1
+        self._calm.clear()
 
     def _leave(self) -> None:
         self._active -= 1
+        if self._active == 0:
+            self._calm.set()
         if self._active == 0 and self.state is SandboxState.RUNNING:
             self.state = move(self.state, SandboxState.READY)
 
@@ -221,6 +225,7 @@ class Live:
         await self.kill("closed")
         if self._ending is not None:
             await self._ending
+        await self._calm.wait()  # what ran ends with its link, and takes its last readings from the handle
         await self.link.aclose()
         await self.handle.aclose()
 

@@ -117,7 +117,7 @@ class Service:
     ) -> Result:
         """A sandbox for this one execution, ended before this returns."""
         wait = self._admission.wait(caller, ask.priority, ask.wait_s).within(request.timeout_s)
-        lease, turn = await self._create(caller, replace(ask, on_expiry="kill", lease_s=None), wait)
+        lease, turn = await self._create(caller, replace(ask, on_expiry="kill", lease_s=None), wait, runs=True)
         try:
             waited_ms = lease.queue_ms
             running = self._begin(lease, request, sinks, wait, execution_id=execution_id, turn=turn, waited_ms=waited_ms)
@@ -127,16 +127,19 @@ class Service:
                 turn.release()
             await asyncio.shield(self._leases.end(lease, "its one execution ended"))
 
-    async def _create(self, caller: Caller, ask: CreateAsk, wait: Wait) -> tuple[Lease, Grant | None]:
-        """Also the turn that it still holds when it had to be made: making one takes as much of the processors as a run."""
+    async def _create(self, caller: Caller, ask: CreateAsk, wait: Wait, *, runs: bool = False) -> tuple[Lease, Grant | None]:
+        """Also the turn that it still holds: when it had to be made, for that takes as much of the processors as a run, and when
+        it `runs` at once, so that no sandbox is taken for a run that is turned away.
+        """
         spec, kind = self._asks.resolve(caller, ask)
         lease_s = self._asks.lease_s(ask, spec)
         async with contextlib.AsyncExitStack() as undo:
             with self._one_more_of(caller):
                 place = undo.enter_context(await self._admission.place(wait, spec.limits.memory_bytes + spec.limits.swap_bytes))
-                turn, live = None, await self._source.claim(spec, kind)
+                turn = undo.enter_context(await self._admission.turn(wait)) if runs else None
+                live = await self._source.claim(spec, kind)
                 if live is None:
-                    turn = undo.enter_context(await self._admission.turn(wait))
+                    turn = turn or undo.enter_context(await self._admission.turn(wait))
                     live = await self._source.make(spec, kind)
             lease = Lease(
                 live,
