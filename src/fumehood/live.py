@@ -31,8 +31,6 @@ _MAX_DISTINCT = 1_000  # different refused calls or addresses remembered for eac
 
 
 class Live:
-    """One live sandbox: its handle, its link, its state and the tally of what was refused."""
-
     def __init__(self, sandbox_id: str, spec: SandboxSpec) -> None:
         self.id, self.spec = sandbox_id, spec
         self.state = SandboxState.CREATING
