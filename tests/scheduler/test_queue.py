@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
+import weakref
 from typing import Any
 
 import pytest
@@ -155,6 +157,23 @@ async def test_a_deadline_and_a_release_in_one_tick_are_one_decision(monkeypatch
     time.sleep(0.05)  # noqa: ASYNC251 - both timers are due when the loop looks again
     [outcome, served] = await outcomes(late + in_time)
     assert isinstance(outcome, DeadlineExceeded) and isinstance(served, Grant) and len(decisions) == 1
+
+
+class Name(str):
+    """A tenant's name that a weak reference can watch."""
+
+
+@pytest.mark.parametrize("others", ["", "b"])
+async def test_a_tenant_that_has_nothing_here_any_more_is_forgotten(others: str):
+    scheduler, name = Scheduler(ONE, 5), Name("a")
+    grant = await scheduler.admit(name)
+    served = await waiting(scheduler, *others)
+    grant.release()
+    await outcomes(served)
+    watched = weakref.ref(name)
+    del name, grant
+    gc.collect()
+    assert watched() is None
 
 
 async def test_draining_tells_whoever_waits_and_waits_for_what_is_held():

@@ -85,8 +85,6 @@ class Scheduler:
         self._forget_cancelled()
         for ask, _ in list(self._waiting.values()):
             self._fail(ask, _draining())
-        if self._timer:
-            self._timer.cancel()
 
     async def idle(self) -> None:
         """Returns when nothing is held."""
