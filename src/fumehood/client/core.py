@@ -105,6 +105,11 @@ class Core:
         return self.port.metadata
 
     @property
+    def policy(self) -> str:
+        """The name of its policy."""
+        return self.port.policy
+
+    @property
     def protections(self) -> Sequence[Protection]:
         """Each mechanism as it is for this sandbox: enforced, degraded or off."""
         return self.port.protections

@@ -47,6 +47,8 @@ class Port(Protocol):
     def protections(self) -> Sequence[Protection]: ...
     @property
     def metadata(self) -> Mapping[str, str]: ...
+    @property
+    def policy(self) -> str: ...
     async def run(self, request: CodeRequest, sinks: Sinks) -> Result: ...
     async def exec(self, request: ExecRequest, sinks: Sinks) -> Result: ...
     async def checkpoint(self, context: str | None) -> str: ...
@@ -111,6 +113,10 @@ class Embedded:
     @property
     def protections(self) -> Sequence[Protection]:
         return self.live.handle.protections
+
+    @property
+    def policy(self) -> str:
+        return self.live.spec.policy_name
 
     async def run(self, request: CodeRequest, sinks: Sinks) -> Result:
         return await self.live.run(request, sinks)

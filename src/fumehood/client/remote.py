@@ -86,6 +86,10 @@ class Remote:
     def metadata(self) -> Mapping[str, str]:
         return self._record.metadata
 
+    @property
+    def policy(self) -> str:
+        return self._record.policy
+
     async def run(self, request: CodeRequest, sinks: Sinks) -> Result:
         body = {"code": request.code, "language": request.language, "context": request.context}
         return await self._execute("/executions", body, request, sinks)

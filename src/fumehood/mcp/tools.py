@@ -167,6 +167,6 @@ async def _row(desk: Desk, sandbox_id: str) -> dict[str, Any]:
     box = await desk.box(sandbox_id)
     row: dict[str, Any] = {"sandbox_id": sandbox_id, "default": desk.is_default(sandbox_id)}
     try:
-        return {**row, "policy": box.spec.policy_name, **asdict(await box.stats())}
+        return {**row, "policy": box.policy, **asdict(await box.stats())}
     except SandboxGone as gone:  # one that died is listed as dead; the others must stay visible
         return {**row, "ended": str(gone)}
