@@ -48,6 +48,7 @@ class Service:
         self.started_at = time.time()
         self.counts = Counter[str]()  # executions done, by status
         self._coming = Counter[str]()  # sandboxes that are being made or claimed, by key
+        self._closing: asyncio.Task[None] | None = None
         self._chronicle = chronicle
         self._asks = Asks(config, lambda tier: self.supervisor.runtime(tier).late_limits)
         self._admission = Admission(config)
@@ -84,7 +85,12 @@ class Service:
         await self._executions.stop_all()
 
     async def aclose(self) -> None:
-        """Ends every sandbox and closes the store; twice is once."""
+        """Ends every sandbox and closes the store. Twice is once; cancelling it ends the waiting only."""
+        if self._closing is None:
+            self._closing = asyncio.create_task(self._close())
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
         self._admission.draining = True
         await self._executions.stop_all()
         await self._source.aclose()

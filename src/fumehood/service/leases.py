@@ -122,7 +122,7 @@ class Leases:
                 remediation="extend it while it is needed",
             )
         if seconds <= 0:
-            await self._expire(lease, lease.end_at)
+            await self._expire(lease, None)
             return
         async with lease.moving:
             if lease.ended.is_set():
@@ -177,9 +177,9 @@ class Leases:
         due, loop = lease.end_at, asyncio.get_running_loop()
         lease.timer = loop.call_later(max(0.0, due - time.time()), lambda: self._spawn(self._expire(lease, due)))
 
-    async def _expire(self, lease: Lease, due: float) -> None:
+    async def _expire(self, lease: Lease, due: float | None) -> None:
         async with lease.moving:
-            if lease.ended.is_set() or lease.end_at != due:
+            if lease.ended.is_set() or due not in (None, lease.end_at):
                 return  # while this waited it was extended, paused or resumed, and has another end
             over = "its paused time is over" if lease.is_paused else "its lease is over"
             if lease.on_expiry == "pause" and not lease.is_paused:
