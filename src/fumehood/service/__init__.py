@@ -134,8 +134,8 @@ class Service:
             await asyncio.shield(self._leases.end(lease, "its one execution ended"))
 
     async def _create(self, caller: Caller, ask: CreateAsk, wait: Wait, *, runs: bool = False) -> tuple[Lease, Grant | None]:
-        """Also the turn that it still holds: when it had to be made, for that takes as much of the processors as a run, and when
-        it `runs` at once, so that no sandbox is taken for a run that is turned away.
+        """Also the turn that it still holds: when it had to be made, for that takes as much of the processors as a run; and
+        when it `runs` at once, so that no sandbox is taken for a run that is turned away.
         """
         spec, kind = self._asks.resolve(caller, ask)
         lease_s = self._asks.lease_s(ask, spec)
