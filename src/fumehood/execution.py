@@ -129,9 +129,11 @@ def _number(value: object) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
-async def follow(link: Link, stream: Stream, capture: Capture, timeout_s: float, kill: Callable[[str], Any]) -> Followed:
+async def follow(
+    link: Link, stream: Stream, verb: str, capture: Capture, timeout_s: float, kill: Callable[[str], Any]
+) -> Followed:
     """Until END, the deadline, a cap or the sandbox's end. `kill(cause)` ends the sandbox when the run can't be stopped."""
-    done = Followed("end", capture, time.monotonic())
+    done, is_program = Followed("end", capture, time.monotonic()), verb == "exec.start"
     try:
         async with asyncio.timeout(timeout_s):
             async for frame in stream:
@@ -149,18 +151,28 @@ async def follow(link: Link, stream: Stream, capture: Capture, timeout_s: float,
         done.ended, done.gone_because = "gone", str(e)
         await kill(done.gone_because)
     except asyncio.CancelledError:
-        await asyncio.shield(_stop(link, stream, capture, kill))
+        await asyncio.shield(_stop(link, stream, capture, kill, is_program))
         raise
     if done.ended in ("timeout", "output_limit"):
-        await _stop(link, stream, capture, kill)
+        await _stop(link, stream, capture, kill, is_program)
         done.end = stream.ok  # what was changed until then is still the caller's
     done.execute_s = time.monotonic() - done.started_at
     return done
 
 
-async def _stop(link: Link, stream: Stream, capture: Capture, kill: Callable[[str], Any]) -> None:
+async def _find_pid(link: Link, stream: Stream, capture: Capture) -> None:
+    """A program that was asked for starts, though nobody has heard of it yet: CANCEL would let it go on unseen."""
+    async for frame in stream:
+        if frame.kind == wire.EVENT and (event := link.checked_json(frame)).get("type") == "started":
+            capture.pid = _number(event.get("pid"))
+            return
+
+
+async def _stop(link: Link, stream: Stream, capture: Capture, kill: Callable[[str], Any], is_program: bool) -> None:
     try:
         async with asyncio.timeout(STOP_GRACE_S):
+            if is_program and capture.pid is None:
+                await _find_pid(link, stream, capture)
             if capture.pid is not None:
                 await link.call("exec.signal", pid=capture.pid, signal=9, group=True)
             else:

@@ -83,7 +83,7 @@ class Live:
         try:
             stream = await self.link.open(verb, **arguments)
             feeding = asyncio.create_task(_feed(stream, stdin)) if stdin is not None else None
-            done = await follow(self.link, stream, Capture(self.spec.limits, sinks), deadline_s, self.kill)
+            done = await follow(self.link, stream, verb, Capture(self.spec.limits, sinks), deadline_s, self.kill)
             if feeding is not None:
                 feeding.cancel()
                 with contextlib.suppress(asyncio.CancelledError, FumehoodError):
