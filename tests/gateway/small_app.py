@@ -23,7 +23,7 @@ Receive, Send = Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[
 
 @dataclass
 class App:
-    """`/echo /patient /hold /stream /big /boom /cut`; anything else is /healthz. `gone` counts the requests whose client went away."""
+    """One method for each path; any other path is /healthz. `gone` counts the requests whose client went away."""
 
     release: asyncio.Event = field(default_factory=asyncio.Event)
     held: int = 0
@@ -52,6 +52,11 @@ class App:
 
     async def _patient(self, receive: Receive, send: Send) -> None:
         self.scopes[-1]["fumehood.pause_s"] = 60.0
+        await self._echo(receive, send)
+
+    async def _late(self, receive: Receive, send: Send) -> None:
+        """Asks for the body only once released."""
+        await self.release.wait()
         await self._echo(receive, send)
 
     async def _hold(self, receive: Receive, send: Send) -> None:

@@ -112,15 +112,13 @@ async def test_an_app_may_let_its_client_pause_for_longer(small: Served) -> None
     assert answers(await client.rest())[0].body == b"ab"
 
 
-async def test_a_client_that_waits_for_100_continue_is_not_called_slow(tmp_path: Path) -> None:
-    async with served(tmp_path, header_timeout_s=SOON_S) as small:
-        client = await small.client()
-        await client.send(b"PUT /hold HTTP/1.1\r\n" + HEAD + b"Content-Length: 2\r\nExpect: 100-continue\r\n\r\n")
-        assert await client.until(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
-        await client.send(b"ab")
-        await asyncio.sleep(SOON_S * 2)
-        small.release()
-        assert (await client.until(b"held")).startswith(b"HTTP/1.1 200")
+async def test_a_client_that_waits_for_100_continue_is_not_called_slow(small: Served) -> None:
+    client = await small.client()
+    await client.send(b"PUT /late HTTP/1.1\r\n" + HEAD + b"Content-Length: 2\r\nExpect: 100-continue\r\n\r\n")
+    await asyncio.sleep(SOON_S * 3)
+    small.release()
+    assert await client.until(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+    assert (await (await client.send(b"ab")).until(b"ab")).startswith(b"HTTP/1.1 200")
 
 
 async def test_a_request_that_is_worked_on_has_no_deadline_of_ours(small: Served) -> None:
@@ -179,6 +177,15 @@ async def test_a_slow_reader_that_goes_on_is_served(small: Served, monkeypatch: 
         await client.reader.readexactly(1 << 20)
         await asyncio.sleep(SOON_S / 8)
     assert small.app.gone == 0
+
+
+async def test_a_refused_client_that_goes_on_sending_is_cut_off(small: Served) -> None:
+    client = await (await small.client()).send(b"\0\0\r\n\r\n")
+    refused(await client.rest(), 400)
+    with pytest.raises(ConnectionError):
+        for _ in range(round(CLIENT_S / SOON_S)):
+            await client.send(b"a")
+            await asyncio.sleep(SOON_S)
 
 
 # -- broken requests
@@ -373,9 +380,10 @@ async def test_who_comes_when_it_is_full_is_told_to_come_again_and_a_place_that_
         inside = [await (await small.client()).send(GET) for _ in range(3)]
         for client in inside:
             await client.until(b"}")
-        for _ in range(5):
+        for _ in range(10):
             data = await small.ask(GET)
             assert refused(data, 503)["retryable"] and answers(data)[0].headers[b"retry-after"] == b"1"
+            await small.clients[-1].close()
         await inside.pop().close()
         await served_again(small)
         assert (await (await inside[0].send(GET)).until(b"}")).startswith(b"HTTP/1.1 200")
