@@ -16,7 +16,7 @@ from fumehood.gateway.limits import Limits
 from fumehood.records import ApiKey, Caller
 from fumehood.service import Service
 
-_KEY = re.compile(r"(?:fh|e2b)_([0-9a-f]{16})([0-9a-f]{48})\Z")
+_KEY = re.compile(r"fh_([0-9a-f]{16})([0-9a-f]{48})\Z")
 _FRESH_S = 1.0  # a key is looked up again after this: revoking one takes effect within two seconds
 _REMEMBERED = 10_000
 _LOOPBACK_HOST = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?\Z")
@@ -47,7 +47,7 @@ class Authenticator:
 
     def __init__(self, service: Service, keys: tuple[str, ...] = (), *, open_here: bool = False) -> None:
         self._service, self._open_here, self.limits = service, open_here, Limits()
-        self._operators = [_digest(key) for key in keys]
+        self._operators = [_digest(_ours(key)) for key in keys]
         self._known: dict[str, tuple[ApiKey, float]] = {}
 
     async def __call__(self, connection: HTTPConnection) -> Caller:
@@ -61,7 +61,7 @@ class Authenticator:
         if self._open_here:
             _refuse_browsers(headers)
             return LOCAL
-        text = shown(headers)
+        text = _ours(shown(headers))
         digest = _digest(text)
         if any([hmac.compare_digest(digest, operator) for operator in self._operators]):
             return LOCAL
@@ -100,6 +100,11 @@ def shown(headers: Mapping[str, str]) -> str:
         return key
     scheme, _, key = headers.get("authorization", "").partition(" ")
     return key.strip() if scheme.lower() == "bearer" else ""
+
+
+def _ours(key: str) -> str:
+    """Old SDKs of E2B take only keys that begin with e2b_: any key may be shown so."""
+    return "fh_" + key.removeprefix("e2b_") if key.startswith("e2b_") else key
 
 
 def _digest(text: str) -> str:
