@@ -19,7 +19,7 @@ KEYS: Mapping[str, dict[str, Any]] = {
 
 class Server:
     def __init__(self, url: str, admin_key: str, pid: int, home: Path) -> None:
-        self.url, self.pid, self.home = url, pid, home
+        self.url, self.admin_key, self.pid, self.home = url, admin_key, pid, home
         self._admin = {"Authorization": f"Bearer {admin_key}"}
         self.keys = {name: self.new_key(**wanted) for name, wanted in KEYS.items()}
 

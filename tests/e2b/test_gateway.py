@@ -83,6 +83,15 @@ def foreign(server: Server) -> Any:
     sandbox.kill()
 
 
+def test_every_key_may_be_shown_with_the_prefix_of_e2b_or_with_ours_h14(server: Server) -> None:
+    for key in (server.admin_key, "e2b_" + server.admin_key.removeprefix("fh_")):
+        assert Sandbox.list(**server.options(key)).next_items() == []
+    ours = "fh_" + server.keys["alpha"].removeprefix("e2b_")
+    assert httpx.get(server.url + "/v1/whoami", headers=server.headers(ours)).json()["tenant"] == "alpha"
+    for wrong in ("e2b_fh_" + ours[3:], "E2B_" + ours[3:], ours[3:]):
+        assert httpx.get(server.url + "/v2/sandboxes", headers=server.headers(wrong)).status_code == 401
+
+
 # -- how much a key may ask
 def test_a_key_that_asks_too_fast_is_told_so_once_and_its_sdk_does_not_ask_again(server: Server) -> None:
     key = server.new_key(tenant="alpha", limits={"requests_per_s": 0.01, "burst": 2})

@@ -73,7 +73,10 @@ async def test_commands_in_the_foreground_and_in_the_background(box: AsyncSandbo
     with pytest.raises(TimeoutException):
         await box.commands.run("sleep 60", timeout=0.4)
     sleeper = await box.commands.run("sleep 60", background=True)
-    assert await sleeper.kill() and sleeper.pid not in [p.pid for p in await box.commands.list()]
+    assert await sleeper.kill()
+    with pytest.raises(CommandExitException):
+        await sleeper.wait()
+    assert sleeper.pid not in [p.pid for p in await box.commands.list()]
 
 
 async def test_input_can_be_streamed(box: AsyncSandbox) -> None:

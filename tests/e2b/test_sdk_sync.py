@@ -300,6 +300,11 @@ def test_lists_are_filtered_by_metadata_and_come_in_pages(make: Make, server: Se
     second = pages.next_items()
     assert [s.sandbox_id for s in first + second] == ids[::-1] and not pages.has_next
     assert first[0].metadata == mark
+    templates = [
+        Sandbox.list(query=SandboxQuery(metadata=mark, template=name), **server.options()).next_items()
+        for name in ("python", "code-interpreter-v1")
+    ]
+    assert [len(found) for found in templates] == [3, 0]
 
 
 def test_metrics_are_the_hosts_own_figures(make: Make) -> None:

@@ -41,7 +41,8 @@ def refusal_of(e: FumehoodError) -> Refusal:
 
 
 def json_answer(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    return Response(json.dumps(value, separators=(",", ":")), status, dict(headers or {}), "application/json")
+    text = json.dumps(value, separators=(",", ":"))
+    return Response(text, status, {"Cache-Control": "no-store", **(headers or {})}, "application/json")
 
 
 def refused(e: Refusal) -> Response:

@@ -146,7 +146,8 @@ class ListAsk:
         self.metadata = {unquote(k): unquote(v) for k, v in parse_qsl(query.get("metadata", ""), keep_blank_values=True)}
         self.states = {s for part in query.getlist("state") for s in part.split(",") if s} or {"running", "paused"}
         self.newest_first = query.get("order", "desc") != "asc"
-        self.template, self.after = query.get("template"), query.get("nextToken")
+        asked = query.get("template")
+        self.template, self.after = TEMPLATES.get(asked, asked) if asked else None, query.get("nextToken")
         limit = query.get("limit", "100")
         if not (limit.isascii() and limit.isdigit() and len(limit) <= 4 and 1 <= int(limit) <= MAX_PAGE):
             raise Refusal(400, f"limit must be from 1 to {MAX_PAGE}")

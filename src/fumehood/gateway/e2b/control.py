@@ -190,8 +190,6 @@ def _unknown(sandbox_id: str) -> Refusal:
 
 
 def _matches(lease: Lease, ask: ListAsk) -> bool:
-    if ask.template not in (None, lease.record.template):
-        return False
     state = "paused" if views.is_paused(lease) else "running"
     metadata = all(lease.metadata.get(name) == value for name, value in ask.metadata.items())
     return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from python_multipart.exceptions import FormParserError
@@ -9,6 +10,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 
 from .answers import Refusal
 
+logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of every malformed body, which is the client's fault
 MAX_PARTS = 1_000
 _MAX_NAME_BYTES = 4_096
 
