@@ -41,7 +41,7 @@ async def read(
 async def write(
     call: Called, sandbox_id: str, path: _Path, request: Request, mode: Annotated[int | None, Query(ge=0, le=0o777)] = None
 ) -> Response:
-    """The body as a file; what was there is replaced. A body that breaks off leaves nothing."""
+    """The body as a file; what was there is replaced. Of a new one a body that breaks off leaves nothing."""
     lease = await call.awake(sandbox_id)
     return answer(await upload(lease.live.link, path_of(request), request, mode))
 
