@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import struct
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -30,6 +32,12 @@ from fumehood.gateway.e2b.connect import (
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(), lambda v: st.lists(v) | st.dictionaries(st.text(), v), max_leaves=8
 )
+BODIES = st.dictionaries(
+    st.sampled_from(
+        ["code", "language", "context_id", "env_vars", "cwd", "timeout", "memory", "network", "metadata", "envVars"]
+    ),
+    VALUES,
+)
 INNER = st.dictionaries(st.sampled_from(["pid", "tag", "cmd", "args", "size", "process"]), VALUES)
 NEARLY = st.dictionaries(
     st.sampled_from(["process", "pid", "input", "path", "pty", "start", "data", "source", "destination", "depth", "signal"]),
@@ -41,13 +49,13 @@ STREAMED = ("Start", "Connect", "StreamInput")
 FILES = ["Stat", "ListDir", "MakeDir", "Move", "CreateWatcher", "GetWatcherEvents", "RemoveWatcher"]
 
 
-@given(st.lists(MESSAGES, max_size=5), st.data())
-def test_messages_arrive_whole_however_their_bytes_are_cut(messages: list[dict[str, Any]], data: st.DataObject) -> None:
+@given(st.lists(MESSAGES, max_size=5), st.lists(st.integers(1, 200), min_size=1, max_size=5))
+def test_messages_arrive_whole_however_their_bytes_are_cut(messages: list[dict[str, Any]], sizes: list[int]) -> None:
     raw, decoder, found = b"".join(map(encode, messages)) + encode_end(), Decoder(), list[dict[str, Any]]()
-    while raw:
-        size = data.draw(st.integers(1, len(raw)))
+    for size in itertools.cycle(sizes):
         found += decoder.feed(raw[:size])
-        raw = raw[size:]
+        if not (raw := raw[size:]):
+            break
     decoder.finish()
     assert found == messages and decoder.ended
 
@@ -115,10 +123,16 @@ def test_members_have_their_type_or_are_a_fault(message: dict[str, Any], name: s
             assert e.code == "invalid_argument"
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.fixture(scope="module")
+def http(server: Server) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.url, timeout=10) as client:
+        yield client
+
+
+@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(PATHS + FILES), MESSAGES | NEARLY, st.integers(0, 3))
 def test_no_message_is_an_internal_error_and_the_server_goes_on(
-    box: Sandbox, server: Server, method: str, message: dict[str, Any], cut: int
+    box: Sandbox, http: httpx.Client, method: str, message: dict[str, Any], cut: int
 ) -> None:
     streamed = method in STREAMED
     service = "process.Process" if method in PATHS else "filesystem.Filesystem"
@@ -130,9 +144,30 @@ def test_no_message_is_an_internal_error_and_the_server_goes_on(
         "Content-Type": "application/connect+json" if streamed else "application/json",
         "Connect-Timeout-Ms": "300",
     }
-    with httpx.Client(timeout=10) as client:
-        answer = client.post(f"{server.url}/{service}/{method}", content=raw[: len(raw) - cut], headers=headers)
-        assert answer.status_code in (200, 400, 403, 404, 409, 429)
-        assert b'"internal"' not in answer.content, (answer.content, message)
-        health = client.get(server.url + "/health", headers=headers)
-    assert health.status_code == 204
+    answer = http.post(f"/{service}/{method}", content=raw[: len(raw) - cut], headers=headers)
+    assert answer.status_code in (200, 400, 403, 404, 409, 429)
+    assert b'"internal"' not in answer.content, (answer.content, message)
+    assert http.get("/health", headers=headers).status_code == 204
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(["execute", "contexts", "contexts/x/restart"]), BODIES | VALUES)
+def test_no_body_to_the_interpreter_is_an_internal_error(box: Sandbox, http: httpx.Client, path: str, body: Any) -> None:
+    headers = {
+        "E2b-Sandbox-Id": box.sandbox_id,
+        "E2b-Sandbox-Port": "49999",
+        "E2B-Traffic-Access-Token": box.traffic_access_token or "",
+    }
+    answer = http.post("/" + path, content=json.dumps(body).encode(), headers=headers)
+    assert answer.status_code in (200, 400, 404), (answer.status_code, answer.text, body)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(["", "/s1/connect", "/s1/timeout", "/s1/pause", "/s1/network"]), BODIES | VALUES)
+def test_no_body_to_the_control_api_is_an_internal_error(server: Server, http: httpx.Client, path: str, body: Any) -> None:
+    if isinstance(body, dict) and not path:
+        body = {**body, "templateID": "nothing"}
+    method = "PUT" if path.endswith("network") else "POST"
+    answer = http.request(method, "/v2/sandboxes" + path, content=json.dumps(body).encode(), headers=server.headers())
+    assert answer.status_code in (400, 404), (answer.status_code, answer.text, body)
+    assert answer.json()["code"] == answer.status_code
