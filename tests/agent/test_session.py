@@ -230,6 +230,7 @@ def test_env_is_set_for_the_run_and_restored_after_it(session: Client):
         {"verb": "run", "code": 1},
         {"verb": "run", "code": "1", "env": {"A=B": "x"}},
         {"verb": "run", "code": "1", "env": {"A": 1}},
+        {"verb": "run", "code": "1", "env": {"A": "\ud800"}},
         {"verb": "run", "code": "1", "env": []},
         {"verb": "wake"},
     ],

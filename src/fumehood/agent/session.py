@@ -221,6 +221,10 @@ def _code_and_env(request: dict[str, Any]) -> tuple[str, dict[str, str]]:
     for name, value in cast(dict[str, Any], env).items():
         if not name or "=" in name or "\0" in name or not isinstance(value, str) or "\0" in value:
             raise Refused("invalid", f"env {name!r} is not a name with a string")
+        try:
+            os.fsencode(name + value)
+        except UnicodeEncodeError:  # os.environ would raise it, and the session would end of it
+            raise Refused("invalid", f"env {name!r} holds half a surrogate pair") from None
     return code, cast(dict[str, str], env)
 
 
