@@ -1,0 +1,1 @@
+"""The microVM tier: a guest kernel of its own for each sandbox, under Firecracker or QEMU."""
