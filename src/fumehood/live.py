@@ -38,8 +38,8 @@ class Live:
         self.link: Link
         self.create_ms = 0.0
         self.gone_because = ""
-        self._active, self._calm = 0, asyncio.Event()  # calm: nothing runs, so nobody reads the handle any more
-        self._calm.set()
+        self._active = 0
+        self._last_reading: tuple[Stats, bool] | None = None  # of the handle, once it is closed
         self._refused: Counter[tuple[str, str]] = Counter()
         self._attempts: Counter[ConnectionAttempt] = Counter()
         self._expiry: asyncio.TimerHandle | None = None
@@ -78,7 +78,7 @@ class Live:
         self, verb: str, arguments: dict[str, Any], timeout_s: float | None, sinks: Sinks, stdin: bytes | None
     ) -> Result:
         deadline_s = self.deadline(timeout_s)
-        before, refused, attempts = self.handle.stats(), self._refused.copy(), self._attempts.copy()
+        (before, _), refused, attempts = self._reading(), self._refused.copy(), self._attempts.copy()
         self._enter()
         try:
             stream = await self.link.open(verb, **arguments)
@@ -111,14 +111,15 @@ class Live:
         if self.state is not SandboxState.RUNNING:
             self.state = move(self.state, SandboxState.RUNNING)
         self._active += 1
-        self._calm.clear()
 
     def _leave(self) -> None:
         self._active -= 1
-        if self._active == 0:
-            self._calm.set()
         if self._active == 0 and self.state is SandboxState.RUNNING:
             self.state = move(self.state, SandboxState.READY)
+
+    def _reading(self) -> tuple[Stats, bool]:
+        """The accounts, and whether the disk is full."""
+        return self._last_reading or (self.handle.stats(), self.handle.disk_is_full())
 
     def _result(
         self,
@@ -128,14 +129,14 @@ class Live:
         attempts: Counter[ConnectionAttempt],
         deadline_s: float,
     ) -> Result:
-        after = self.handle.stats()
+        after, disk_full = self._reading()
         calls = tuple(RefusedSyscall(name, n, arch) for (name, arch), n in refused.most_common())
         exit_code = done.number("exit_code")
         facts = Facts(
             done.ended,
             before,
             after,
-            disk_full=self.handle.disk_is_full(),
+            disk_full=disk_full,
             refused=calls,
             egress_denied=sum(attempts.values()),
             deadline_s=deadline_s,
@@ -223,7 +224,8 @@ class Live:
         await self.kill("closed")
         if self._ending is not None:
             await self._ending
-        await self._calm.wait()  # what ran ends with its link, and takes its last readings from the handle
+        # For what ran: it may end after this, for its listener may have stopped reading, and nobody here waits for that.
+        self._last_reading = self._reading()
         await self.link.aclose()
         await self.handle.aclose()
 

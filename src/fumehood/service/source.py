@@ -35,6 +35,8 @@ class Source:
             except (FumehoodError, TimeoutError) as e:
                 _log.warning("a warm sandbox was not ready: %r", e, extra={"sandbox_id": live.id})
                 await self._close(live)
+                if isinstance(e, TimeoutError):
+                    return None  # the next may hang as long: a new one is made sooner
             except BaseException:
                 await asyncio.shield(self._close(live))
                 raise
