@@ -57,7 +57,8 @@ def test_a_key_with_too_much_under_way_is_told_so_until_it_ends(server: Serving,
     key = new_key(admin, "alice", limits={**MANY, "concurrent_requests": 1})["api_key"]
     with client(server, key) as http:
         with http.stream("GET", "/v1/events") as stream:
-            assert next(heard := events(stream)) == ("", {})
+            heard = events(stream)
+            assert next(heard) == ("", {})
             slower(http.get("/v1/whoami"), "rate_limited")
             heard.close()
         eventually(lambda: http.get("/v1/whoami").status_code == 200)
