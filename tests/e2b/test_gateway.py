@@ -147,6 +147,7 @@ def test_a_creation_with_an_idempotency_key_is_done_once(server: Server, make: M
 
 def test_no_secret_of_a_sandbox_rests_on_the_disk(server: Server, make: Make) -> None:
     sandbox = make(idempotency_key="secret")
+    assert make(idempotency_key="secret").sandbox_id == sandbox.sandbox_id  # so the first answer has been kept
     kept = b"".join(file.read_bytes() for file in (server.home / "state").rglob("*") if file.is_file())
     assert sandbox.sandbox_id.encode() in kept
     for secret in (token_of(sandbox), sandbox.traffic_access_token or "", server.keys["alpha"]):

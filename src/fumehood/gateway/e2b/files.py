@@ -19,7 +19,7 @@ from fumehood.gateway.pour import BrokenOff, pour
 from fumehood.gateway.writing import Writing
 from fumehood.lease import Lease
 
-from .answers import Refusal, gone, json_answer, refusal_of, refused
+from .answers import Refusal, gone, json_answer, refused, status_of
 from .call import Call, check_user, leave, same
 from .connect import Fault
 from .form import Form
@@ -60,7 +60,7 @@ async def serve(call: Call, scope: Scope, receive: Receive, send: Send) -> None:
     except Refusal as e:
         answer = refused(e)
     except FumehoodError as e:
-        answer = gone(call.lease.id) if call.lease.ended.is_set() else refused(refusal_of(e))
+        answer = gone(call.lease.id) if call.lease.ended.is_set() else refused(Refusal(status_of(e), e.message))
     if answer is not None:
         await answer(scope, receive, send)
 

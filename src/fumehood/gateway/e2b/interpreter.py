@@ -38,7 +38,7 @@ async def serve(call: Call, scope: Scope, receive: Receive, send: Send) -> None:
         answer = _plain(e.message, 400)
     except FumehoodError as e:
         ended = call.lease.ended.is_set() or e.code == "sandbox_gone"
-        answer = gone(call.lease.id) if ended else _plain(str(e), status_of(e))
+        answer = gone(call.lease.id) if ended else _plain(e.message, status_of(e))
     if answer is not None:
         await answer(scope, receive, send)
 
