@@ -12,8 +12,9 @@ import os
 import random
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 AT_ONCE = 16
 PATIENCE_S = 0.25  # for the answer to a request that may be incomplete
@@ -106,8 +107,10 @@ def fuzz(
     paths: Sequence[str] = ("/healthz",),
     pid: int | None = None,
 ) -> dict[int, int]:
-    """How often each status was answered. `headers` go with every request, such as a key; `pid` is of the server, whose open
-    files are counted before and after."""
+    """How often each status was answered. `headers` go with every request, such as a key.
+
+    No connection may be left at the server's end and, if its `pid` is given, no other file (a pool that fills would count).
+    """
     return asyncio.run(_fuzz(address, rounds, seed, headers, paths, pid))
 
 
@@ -126,15 +129,30 @@ async def _fuzz(
         for number in range(rounds):
             group.create_task(one(f"{seed}/{number}"))
     await _is_well(address)
-    deadline = time.monotonic() + CALM_S
-    while (left := _open_files(pid)) > before:
-        assert time.monotonic() < deadline, f"{left - before} files were left open"
-        await asyncio.sleep(0.1)
+    await _calm(lambda: _connections(address) == 0, "connections were left")
+    await _calm(lambda: _open_files(pid) <= before, "files were left open")
     return dict(sorted(seen.items()))
+
+
+async def _calm(is_calm: Callable[[], bool], otherwise: str) -> None:
+    deadline = time.monotonic() + CALM_S
+    while not is_calm():
+        assert time.monotonic() < deadline, otherwise
+        await asyncio.sleep(0.1)
 
 
 def _open_files(pid: int | None) -> int:
     return len(os.listdir(f"/proc/{pid}/fd")) if pid else 0
+
+
+def _connections(address: str) -> int:
+    """That the server's process still holds, by the kernel's tables."""
+    if address.startswith("unix:"):
+        rows = (line.split() for line in Path("/proc/net/unix").read_text().splitlines()[1:])
+        return sum(row[7:] == [address.removeprefix("unix:")] and row[5] == "03" for row in rows)
+    port = f":{int(address.rpartition(':')[2]):04X}"
+    rows = (line.split() for name in ("tcp", "tcp6") for line in Path("/proc/net", name).read_text().splitlines()[1:])
+    return sum(row[1].endswith(port) and row[3] != "0A" and row[9] != "0" for row in rows)  # 0A listens, inode 0 is no file
 
 
 async def _is_well(address: str) -> None:

@@ -33,7 +33,7 @@ class App:
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         self.scopes.append(scope)
         if scope["type"] == "websocket":
-            return await self._websocket(receive, send)
+            return await self._websocket(scope, receive, send)
         answer = getattr(self, "_" + scope["path"].strip("/"), self._healthz)
         await answer(receive, send)
 
@@ -94,9 +94,16 @@ class App:
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"half", "more_body": True})
 
-    async def _websocket(self, receive: Receive, send: Send) -> None:
+    async def _websocket(self, scope: Message, receive: Receive, send: Send) -> None:
         await receive()
+        if scope["path"] == "/denied":
+            await send({"type": "websocket.http.response.start", "status": 401, "headers": []})
+            return await send({"type": "websocket.http.response.body", "body": b"no"})
         await send({"type": "websocket.accept"})
+        if scope["path"] == "/late":
+            await self.release.wait()
+        while scope["path"] == "/push":
+            await send({"type": "websocket.send", "bytes": bytes(1 << 20)})
         try:
             while (message := await receive())["type"] == "websocket.receive":
                 await send({"type": "websocket.send", "text": message.get("text") or str(len(message["bytes"]))})

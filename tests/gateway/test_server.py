@@ -28,6 +28,8 @@ pytestmark = pytest.mark.rootless
 HEAD = b"Host: here\r\n"
 GET = b"GET /healthz HTTP/1.1\r\n" + HEAD + b"\r\n"
 LAST = b"GET /healthz HTTP/1.1\r\n" + HEAD + b"Connection: close\r\n\r\n"
+KEY = b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: " + b"A" * 22 + b"==\r\n"
+UPGRADE = b"Connection: Upgrade\r\nUpgrade: websocket\r\n" + KEY
 SOON_S = 0.4
 
 
@@ -262,6 +264,16 @@ async def test_a_clients_mistakes_are_not_logged(small: Served, caplog: pytest.L
     assert not caplog.records
 
 
+async def test_an_app_whose_request_was_refused_meanwhile_learns_it_from_its_body(
+    small: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    late = b"PUT /late HTTP/1.1\r\nExpect: 100-continue\r\n" + HEAD
+    refused(await small.ask(late + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n"), 400)
+    small.release()
+    await until(lambda: small.app.gone == 1)
+    assert not caplog.records
+
+
 # -- several requests on one connection
 
 
@@ -294,8 +306,7 @@ async def test_a_broken_body_behind_a_request_does_not_harm_its_answer(small: Se
 
 
 async def test_an_upgrade_behind_a_request_does_not_take_its_connection(small: Served) -> None:
-    upgrade = GET[:-2] + b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: "
-    client = await small.hold(upgrade + b"A" * 22 + b"==\r\n\r\n")
+    client = await small.hold(GET[:-2] + UPGRADE + b"\r\n")
     small.release()
     assert [answer.body for answer in answers(await client.rest())] == [b"held"]
 
@@ -426,20 +437,50 @@ async def test_a_websocket_takes_a_whole_frame_of_the_agents_and_no_larger_messa
     assert closed.value.rcvd and closed.value.rcvd.code == 1009
 
 
-async def test_a_websocket_whose_client_does_not_read_holds_no_pongs_and_is_dropped(
+async def test_a_websocket_is_not_given_up_while_its_pong_waits_behind_a_message(
     small: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def pings_often(self: connections.WebSocket) -> None:
+        self.ping_interval = self.ping_timeout = SOON_S / 4
+        self.schedule_ping()
+
+    monkeypatch.setattr(connections.WebSocket, "start_keepalive", pings_often)
+    async with websocket(small.address.replace("http", "ws") + "/late", compression=None) as ws:
+        await ws.send("first")
+        await ws.send("second")
+        await asyncio.sleep(SOON_S * 4)
+        small.release()
+        assert [await ws.recv(), await ws.recv()] == ["first", "second"]
+
+
+async def test_a_websocket_may_be_denied_without_a_word_in_the_log(small: Served, caplog: pytest.LogCaptureFixture) -> None:
+    (answer,) = answers(await small.ask(b"GET /denied HTTP/1.1\r\n" + HEAD + UPGRADE + b"\r\n"))
+    assert (answer.status, answer.body) == (401, b"no") and not caplog.records
+
+
+async def test_a_websocket_whose_client_does_not_read_is_dropped(small: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "WRITE_STALL_S", SOON_S)
-    client = await small.client()
-    key = b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: "
-    await client.send(b"GET /ws HTTP/1.1\r\n" + HEAD + key + b"A" * 22 + b"==\r\n\r\n")
+    client = await (await small.client()).send(b"GET /ws HTTP/1.1\r\n" + HEAD + UPGRADE + b"\r\n")
     await client.until(b"\r\n\r\n")
     client.writer.transport.pause_reading()  # type: ignore[attr-defined]
-    echo = b"\x81\xff" + (1 << 16).to_bytes(8, "big") + bytes(4) + b"a" * (1 << 16)
     with pytest.raises(ConnectionError):
         for _ in range(100_000):
-            await client.send(echo + b"\x89\x80\0\0\0\0" * 1_000)
+            await client.send(b"\x81\xff" + (1 << 16).to_bytes(8, "big") + bytes(4) + b"a" * (1 << 16))
     await until(lambda: small.app.gone == 1)
+
+
+async def test_pongs_that_nobody_reads_are_not_kept(small: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, unsent = list[int](), connections._unsent
+    monkeypatch.setattr(connections, "_unsent", lambda size, *more: sizes.append(size) or unsent(size, *more))
+    client = await (await small.client()).send(b"GET /push HTTP/1.1\r\n" + HEAD + UPGRADE + b"\r\n")
+    await client.until(b"\r\n\r\n")
+    client.writer.transport.pause_reading()  # type: ignore[attr-defined]
+    await until(lambda: bool(sizes) and sizes[-1] > 1 << 16)
+    for _ in range(400):
+        await client.send((b"\x89\xfd" + bytes(4) + b"p" * 125) * 100)
+    seen = len(sizes)
+    await until(lambda: len(sizes) > seen + 3)
+    assert max(sizes) < 3 << 20
 
 
 # -- the end

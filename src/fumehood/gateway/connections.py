@@ -7,6 +7,7 @@ import logging
 from dataclasses import dataclass
 from typing import cast
 
+from uvicorn._types import ASGISendEvent
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from uvicorn.server import ServerState
 
@@ -22,6 +23,11 @@ class WebSocket(WebSocketsSansIOProtocol):
     def resume_writing(self) -> None:
         self.drained_count += 1
         super().resume_writing()
+
+    async def send(self, message: ASGISendEvent) -> None:
+        await super().send(message)
+        if self.initial_response is not None and self.close_sent:
+            self.handshake_complete = True  # denied, in full: uvicorn would log each as an error of the app
 
     def keepalive_timeout(self) -> None:
         if self.read_paused:  # the pong may lie behind messages that the app has not taken yet
