@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from served import Served
 
+from fumehood.client.sandbox import Sandbox
+
 
 @pytest.fixture(scope="module")
 def server(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
@@ -142,15 +144,18 @@ def test_logs_show_each_execution_with_its_output_once_ended_too(server: Served)
 
 
 def test_logs_follow_until_the_sandbox_ends(server: Served, box: str) -> None:
+    here = server.announced()
+    with Sandbox.connect(box, url=here["url"], api_key=here["api_key"]) as joined:
+        joined.run("print('before')")
     command = [*server.command, "logs", "-f", box]
     following = subprocess.Popen(command, env=server.env, stdout=subprocess.PIPE, text=True)
-    assert following.stdout is not None
-    time.sleep(1.0)  # it has no way to say that it listens; an event before that is in the records all the same
+    assert following.stdout is not None and following.stdout.readline().startswith("--- ")  # what was; so it listens
     server.do("pause", box)
-    server.do("resume", box)
     server.do("kill", box)
     said, _ = following.communicate(timeout=20)
-    assert following.returncode == 0 and "*** " in said
+    assert following.returncode == 0 and said.startswith("before\n") and "sandbox.paused" in said and "sandbox.stopped" in said
+    assert "before\n" in server.do("logs", "-f", box)
+    assert server.run("logs", "-f", "snosuchsandbox").returncode == 125
 
 
 def test_a_paused_sandbox_refuses_work_until_it_is_resumed(server: Served, box: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import AsyncIterator
-from contextlib import aclosing
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -33,11 +32,11 @@ def logs(
 
         async with reach.admin(url, api_key) as admin:
             log = Log(admin, sandbox_id, as_json)
+            await admin.get(f"/v1/sandboxes/{piece(sandbox_id)}")
             if not follow:
-                await admin.get(f"/v1/sandboxes/{piece(sandbox_id)}")
                 await log.catch_up(last)
                 return 0
-            async with aclosing(admin.events()) as events:
+            async with admin.listening() as events:
                 await log.follow(events, last)
         return 0
 
@@ -61,6 +60,8 @@ class Log:
     async def follow(self, events: AsyncIterator[dict[str, Any]], last: int) -> None:
         # Records are the truth and events only say when to look: one that was missed costs a moment, no line.
         await self.catch_up(last)
+        if await self._ended():
+            return
         async for event in events:
             if event.get("sandbox_id") != self._id:
                 continue

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any, Self
 
 from fumehood.client import answers
@@ -41,9 +42,15 @@ class Admin:
         """At most `limit` items of a list that comes in pages."""
         return await self._server.pages(path, field, limit, query)
 
-    async def events(self, *, everyone: bool = False) -> AsyncGenerator[dict[str, Any]]:
-        """What happens from now on, as it happens. Ends when the server does."""
-        query = {"all": "true"} if everyone else {}
-        async with self._server.stream("GET", "/v1/events", query=query, answer_s=ALIVE_S) as chunks:
-            async for _, data in events(self.url, chunks, answers.MAX_ANSWER_BYTES):
-                yield data
+    @asynccontextmanager
+    async def listening(self) -> AsyncGenerator[AsyncIterator[dict[str, Any]]]:
+        """What happens once this is entered, as it happens. Ends when the server does."""
+        async with self._server.stream("GET", "/v1/events", answer_s=ALIVE_S) as chunks:
+            first = await anext(chunks, b"")  # a comment, once the server has subscribed us: nothing is missed from here on
+
+            async def all_chunks() -> AsyncIterator[bytes]:
+                yield first
+                async for chunk in chunks:
+                    yield chunk
+
+            yield (data async for _, data in events(self.url, all_chunks(), answers.MAX_ANSWER_BYTES))
