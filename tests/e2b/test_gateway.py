@@ -15,6 +15,7 @@ from e2b_server import HEADER_TIMEOUT_S, Server
 
 from e2b import RateLimitException, SandboxException
 
+pytestmark = pytest.mark.rootless
 Make = Callable[..., Sandbox]
 UNKNOWN = "s0000000000000000"
 

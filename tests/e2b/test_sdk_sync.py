@@ -23,6 +23,7 @@ from e2b import (
     TimeoutException,
 )
 
+pytestmark = pytest.mark.rootless
 Make = Callable[..., Sandbox]
 
 
