@@ -264,13 +264,13 @@ class Service:
         return running
 
     async def execution(self, caller: Caller, execution_id: str) -> ExecutionRecord:
-        """Raises NotFound."""
-        if alive := self._executions.alive(caller.tenant, execution_id):
-            return alive
+        """What this says of it is on the disk, that it began above all. Raises NotFound."""
+        alive = self._executions.alive(caller.tenant, execution_id)
         found = await self.store.execution(caller.tenant, execution_id)
-        if found is None:
+        record = found if found is not None and found.state == "done" else alive or found
+        if record is None:
             raise unknown(execution_id)
-        return found
+        return record
 
     async def executions(
         self, caller: Caller, *, sandbox_id: str | None = None, after: str | None = None, limit: int = 100
