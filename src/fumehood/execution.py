@@ -18,6 +18,8 @@ from fumehood.runtime.link import Link, Stream
 # A run that does not end this long after its cancellation takes the whole sandbox along, so that "timeout" means the
 # stated deadline to within a quarter of a second, whatever the guest does (H17).
 STOP_GRACE_S = 0.2
+# Nobody waits for a run whose caller went away: on a busy machine its sandbox, with all its state, is worth a longer try.
+LEFT_GRACE_S = 2.0
 _MAX_RESULTS, _MAX_RESULT_BYTES, _MAX_CHANGES = 256, 64 << 20, 1_000
 _ITEM_BYTES = 64  # what a value takes once parsed: results of 3 bytes each, `{},`, must not take 25 times their text
 _STREAMS = {wire.STDOUT: "stdout", wire.STDERR: "stderr", wire.TERMINAL: "stdout"}
@@ -151,10 +153,10 @@ async def follow(
         done.ended, done.gone_because = "gone", str(e)
         await kill(done.gone_because)
     except asyncio.CancelledError:
-        await asyncio.shield(_stop(link, stream, capture, kill, is_program))
+        await asyncio.shield(_stop(link, stream, capture, kill, is_program, LEFT_GRACE_S))
         raise
     if done.ended in ("timeout", "output_limit"):
-        await _stop(link, stream, capture, kill, is_program)
+        await _stop(link, stream, capture, kill, is_program, STOP_GRACE_S)
         done.end = stream.ok  # what was changed until then is still the caller's
     done.execute_s = time.monotonic() - done.started_at
     return done
@@ -168,9 +170,11 @@ async def _find_pid(link: Link, stream: Stream, capture: Capture) -> None:
             return
 
 
-async def _stop(link: Link, stream: Stream, capture: Capture, kill: Callable[[str], Any], is_program: bool) -> None:
+async def _stop(
+    link: Link, stream: Stream, capture: Capture, kill: Callable[[str], Any], is_program: bool, grace_s: float
+) -> None:
     try:
-        async with asyncio.timeout(STOP_GRACE_S):
+        async with asyncio.timeout(grace_s):
             if is_program and capture.pid is None:
                 await _find_pid(link, stream, capture)
             if capture.pid is not None:

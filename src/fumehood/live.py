@@ -173,8 +173,7 @@ class Live:
         await self.handle.pause()
 
     async def resume(self) -> None:
-        target = SandboxState.RUNNING if self._active else SandboxState.READY
-        self.state = move(self.state, target)
+        self.state = move(self.state, SandboxState.RUNNING if self._active else SandboxState.READY)
         await self.handle.resume()
 
     async def kill(self, cause: str = "killed by its owner") -> None:
@@ -214,8 +213,7 @@ class Live:
     def expire_after(self, seconds: float) -> None:
         if self._expiry is not None:
             self._expiry.cancel()
-        loop = asyncio.get_running_loop()
-        cause = f"its lifetime of {seconds:g} s is over"
+        loop, cause = asyncio.get_running_loop(), f"its lifetime of {seconds:g} s is over"
         self._expiry = loop.call_later(seconds, lambda: loop.create_task(self.kill(cause)))
 
     async def close(self) -> None:
