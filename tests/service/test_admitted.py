@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import re
+import sqlite3
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -244,3 +246,20 @@ async def test_a_server_that_can_not_open_holds_nothing(tmp_path: Path) -> None:
             pass
     async with opened(tmp_path, "native") as service:
         assert nothing_left(service)
+
+
+async def test_an_execution_that_was_told_of_is_on_the_disk(tmp_path: Path) -> None:
+    """Else a server that is killed a moment later would not know what it has promised."""
+    async with opened(tmp_path, "fake") as service:
+        lease = await service.create(ME, CreateAsk())
+        file = tmp_path / "state" / "store.db"
+        busy, reader = sqlite3.connect(file, isolation_level=None), sqlite3.connect(file)
+        with closing(busy), closing(reader):
+            busy.execute("BEGIN IMMEDIATE")
+            execution_id = service.submit(ME, lease, sleeping(0))
+            told = asyncio.create_task(service.execution(ME, execution_id))
+            done, _ = await asyncio.wait({told}, timeout=0.2)
+            assert not done
+            busy.execute("ROLLBACK")
+            assert (await told).id == execution_id
+            assert reader.execute("SELECT count(*) FROM executions WHERE id = ?", (execution_id,)).fetchone() == (1,)
