@@ -13,14 +13,14 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from fumehood.agent import wire
-from fumehood.errors import FumehoodError, InvalidInput, NotFound
+from fumehood.errors import FumehoodError, NotFound
 from fumehood.gateway.feed import Feed
 from fumehood.gateway.pour import BrokenOff, pour
 from fumehood.model import CodeRequest, Result, RichResult
 
 from .answers import gone, json_answer, status_of
 from .call import Call
-from .connect import Fault, parse, tables, text
+from .connect import STATUSES, Fault, parse, tables, text
 from .mime import result_line
 
 KEEPALIVE_S = 5.0  # how long a peer that vanished without a word can go unnoticed
@@ -34,8 +34,8 @@ async def serve(call: Call, scope: Scope, receive: Receive, send: Send) -> None:
     answer: Response | None
     try:
         answer = await _answer(call, scope, receive, send)
-    except (Fault, InvalidInput) as e:
-        answer = _plain(e.message, 400)
+    except Fault as e:
+        answer = _plain(e.message, STATUSES[e.code])
     except FumehoodError as e:
         ended = call.lease.ended.is_set() or e.code == "sandbox_gone"
         answer = gone(call.lease.id) if ended else _plain(e.message, status_of(e))
@@ -55,7 +55,9 @@ async def _answer(call: Call, scope: Scope, receive: Receive, send: Send) -> Res
         case "GET", ["contexts"]:
             return json_answer(await _contexts(call))
         case "POST", ["contexts"]:
-            return await _create(call, await _json(call))
+            message = await _json(call)
+            cwd = text(message, "cwd", "") or "/home/user"
+            return json_answer(await call.link.call("context.create", language=_language(message), cwd=cwd))
         case "DELETE", ["contexts", context]:
             await call.link.call("context.remove", id=context)
             return json_answer({})
@@ -98,14 +100,6 @@ async def _known_context(call: Call, request: CodeRequest) -> None:
 
 async def _contexts(call: Call) -> list[dict[str, Any]]:
     return tables((await call.link.call("context.list")).get("contexts"))
-
-
-async def _create(call: Call, message: dict[str, Any]) -> Response:
-    cwd = text(message, "cwd", "") or "/home/user"
-    try:
-        return json_answer(await call.link.call("context.create", language=_language(message), cwd=cwd))
-    except InvalidInput as e:
-        return _plain(e.message, 500)  # what E2B answers for a cwd that is not there
 
 
 async def lines(call: Call, request: CodeRequest) -> AsyncGenerator[bytes, None]:
