@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import importlib
+import functools
 import ipaddress
 import logging
 import os
 import signal
 import sys
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Coroutine, Generator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 
     from fumehood.config import Config
     from fumehood.gateway.auth import Authenticator
+    from fumehood.gateway.door import Door
     from fumehood.model import Protection
     from fumehood.service import Service
 
 _log = logging.getLogger("fumehood.serve")
-_SERVER_PART = ("uvloop", "fumehood.gateway.app", "fumehood.gateway.server")
 Signals = tuple[asyncio.Event, asyncio.Event]  # set by the first, and by the second
 
 
@@ -46,21 +46,21 @@ def serve(
 
 def _on_uvloop(work: Coroutine[Any, Any, int]) -> int:
     try:
-        for name in _SERVER_PART:
-            importlib.import_module(name)
+        import uvloop
+
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(exits.until_terminated(work))
     except ModuleNotFoundError as missing:
-        work.close()
         package = (missing.name or "a package").partition(".")[0]
         raise Unsupported(
             f"{package} is not installed", cause="the server needs it", remediation="install fumehood[server]"
         ) from None
-    import uvloop
-
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(exits.until_terminated(work))
+    finally:
+        work.close()  # where it never began
 
 
 async def _serve(listen: str | None, tier: str | None, no_auth: bool) -> int:
+    from fumehood.gateway.app import create_app
     from fumehood.gateway.server import address_of, bind, raise_nofile
     from fumehood.service import Service
 
@@ -73,7 +73,7 @@ async def _serve(listen: str | None, tier: str | None, no_auth: bool) -> int:
         async with await Service.open(config) as service:
             url, signals = address_of(sock, config.listen), _signals()
             with _announced(config, service, url, no_auth) as authenticate:
-                await _until_stopped(service, sock, url, authenticate, signals)
+                await _until_stopped(service, sock, url, functools.partial(create_app, service, authenticate), signals)
     _say("stopped")
     return 0
 
@@ -148,9 +148,8 @@ def _enforced(protections: Sequence[Protection]) -> str:
 
 
 async def _until_stopped(
-    service: Service, sock: socket.socket, url: str, authenticate: Authenticator, signals: Signals
+    service: Service, sock: socket.socket, url: str, make_app: Callable[[Any], Door], signals: Signals
 ) -> None:
-    from fumehood.gateway.app import create_app
     from fumehood.gateway.server import serve as serve_http
 
     stopping, hurry = signals
@@ -161,8 +160,7 @@ async def _until_stopped(
         service.events.close()
 
     async with _mcp(service, url) as mcp:
-        app = create_app(service, authenticate, mcp)
-        await serve_http(app, sock, service.config, stopping=stopping, drained=drained)
+        await serve_http(make_app(mcp), sock, service.config, stopping=stopping, drained=drained)
 
 
 async def _drain(service: Service, hurry: asyncio.Event) -> None:
