@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,3 +52,11 @@ class Server:
             connection.sendall(f"{start} HTTP/1.1\r\n{head}\r\n".encode())
             answer = connection.makefile("rb").read()
         return b"\r\n".join(line for line in answer.split(b"\r\n") if not line.lower().startswith(b"date:"))
+
+
+def eventually(holds: Callable[[], Any], seconds: float = 20) -> Any:
+    until = time.monotonic() + seconds
+    while not (value := holds()):
+        assert time.monotonic() < until, "it did not come about"
+        time.sleep(0.02)
+    return value

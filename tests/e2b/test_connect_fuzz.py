@@ -30,7 +30,7 @@ from fumehood.gateway.e2b.connect import (
 )
 
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(), lambda v: st.lists(v) | st.dictionaries(st.text(), v), max_leaves=8
+    st.none() | st.booleans() | st.integers() | st.text(), lambda v: st.lists(v) | st.dictionaries(st.text(), v), max_leaves=5
 )
 BODIES = st.dictionaries(
     st.sampled_from(
@@ -129,7 +129,7 @@ def http(server: Server) -> Iterator[httpx.Client]:
         yield client
 
 
-@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(PATHS + FILES), MESSAGES | NEARLY, st.integers(0, 3))
 def test_no_message_is_an_internal_error_and_the_server_goes_on(
     box: Sandbox, http: httpx.Client, method: str, message: dict[str, Any], cut: int

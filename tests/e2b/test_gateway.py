@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 from e2b_code_interpreter import Sandbox
-from e2b_server import HEADER_TIMEOUT_S, Server
+from e2b_server import HEADER_TIMEOUT_S, Server, eventually
 
 from e2b import RateLimitException, SandboxException
 
@@ -118,8 +118,8 @@ def test_what_a_key_has_under_way_is_counted_until_it_ends_or_its_client_goes_aw
     with server.connect() as connection:
         head = f"POST /v2/sandboxes HTTP/1.1\r\nhost: x\r\nx-api-key: {key}\r\ncontent-length: 9\r\n\r\n"
         connection.sendall(head.encode())
-        _until(lambda: status() == 429)
-    _until(lambda: status() == 200)
+        eventually(lambda: status() == 429)
+    eventually(lambda: status() == 200)
 
 
 def test_a_key_holds_no_more_sandboxes_than_it_may(server: Server, make: Make) -> None:
@@ -192,13 +192,6 @@ def test_input_may_be_longer_than_a_json_body(box: Sandbox) -> None:
     box.commands.stream_input(started.pid, iter([b"x" * (1 << 20)] * 7))  # in base64 over 9 MiB
     box.commands.close_stdin(started.pid)
     assert started.wait().stdout.strip() == str(7 << 20)
-
-
-def _until(holds: Callable[[], bool], seconds: float = 10) -> None:
-    until = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < until, "it did not come about"
-        time.sleep(0.02)
 
 
 def _at_rest(read: Callable[[], int], seconds: float = 30) -> int:

@@ -43,12 +43,17 @@ async def test_code_keeps_state_streams_and_fails_as_it_does_in_a_notebook(box: 
 
 async def test_contexts_run_side_by_side_each_with_its_own_names(box: AsyncSandbox) -> None:
     contexts = [await box.create_code_context() for _ in range(3)]
-    started = time.monotonic()
-    runs = await asyncio.gather(
-        *(box.run_code(f"import time\ntime.sleep(1)\nown = {n}\nown", context=c) for n, c in enumerate(contexts))
-    )
-    assert [run.text for run in runs] == ["0", "1", "2"]
-    assert time.monotonic() - started < 2.5
+    meet = """
+        import os, time
+        own = {n}
+        open(f'/tmp/met{{own}}', 'w').close()
+        until = time.monotonic() + 20
+        while not all(os.path.exists(f'/tmp/met{{other}}') for other in range(3)) and time.monotonic() < until:
+            time.sleep(0.01)
+        own, time.monotonic() < until
+    """
+    runs = await asyncio.gather(*(box.run_code(meet.format(n=n), context=c) for n, c in enumerate(contexts)))
+    assert [run.text for run in runs] == [f"({n}, True)" for n in range(3)]
     await box.remove_code_context(contexts[0])
     with pytest.raises(NotFoundException):
         await box.run_code("own", context=contexts[0])

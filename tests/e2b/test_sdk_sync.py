@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from e2b_code_interpreter import Sandbox
-from e2b_server import Server
+from e2b_server import Server, eventually
 
 from e2b import (
     CommandExitException,
@@ -27,14 +27,6 @@ pytestmark = pytest.mark.rootless
 Make = Callable[..., Sandbox]
 
 
-def eventually(holds: Callable[[], Any], seconds: float = 5) -> Any:
-    until = time.monotonic() + seconds
-    while not (value := holds()):
-        assert time.monotonic() < until, "it did not come about"
-        time.sleep(0.02)
-    return value
-
-
 # -- code
 def test_variables_stay_between_runs_and_the_last_expression_is_the_text(box: Sandbox) -> None:
     box.run_code("kept = 41")
@@ -48,15 +40,28 @@ def test_a_string_is_shown_without_its_quotes(box: Sandbox) -> None:
 
 
 def test_output_and_results_arrive_through_callbacks_while_the_code_runs(box: Sandbox) -> None:
-    heard: list[tuple[str, float]] = []
+    heard: list[str] = []
+
+    def on_stdout(message: Any) -> None:
+        heard.append(message.line)
+        box.files.write("heard", "")  # the code waits for it
+
+    code = """
+        import os, sys, time
+        print('one', flush=True)
+        until = time.monotonic() + 20
+        while not os.path.exists('/home/user/heard') and time.monotonic() < until:
+            time.sleep(0.01)
+        print('two' if os.path.exists('/home/user/heard') else 'late', file=sys.stderr)
+        3
+    """
     run = box.run_code(
-        "import sys, time\nprint('one', flush=True)\ntime.sleep(0.5)\nprint('two', file=sys.stderr)\n3",
-        on_stdout=lambda m: heard.append((m.line, time.monotonic())),
-        on_stderr=lambda m: heard.append((m.line, time.monotonic())),
-        on_result=lambda r: heard.append((r.text or "", time.monotonic())),
+        code,
+        on_stdout=on_stdout,
+        on_stderr=lambda message: heard.append(message.line),
+        on_result=lambda result: heard.append(result.text or ""),
     )
-    assert "".join(text for text, _ in heard) == "one\ntwo\n3"
-    assert heard[-1][1] - heard[0][1] > 0.3, "the first came while the code still ran"
+    assert "".join(heard) == "one\ntwo\n3"
     assert "".join(run.logs.stderr) == "two\n"
 
 
@@ -95,9 +100,7 @@ def test_a_run_that_its_client_gave_up_is_stopped_and_the_context_goes_on(make: 
     sandbox = make()
     with pytest.raises(TimeoutException):
         sandbox.run_code("import time\ntime.sleep(60)", timeout=0.3)
-    started = time.monotonic()
-    assert sandbox.run_code("7").text == "7"
-    assert time.monotonic() - started < 5
+    assert sandbox.run_code("7", request_timeout=30).text == "7"
 
 
 def test_a_kill_during_a_run_is_an_error_and_never_half_a_result(make: Make) -> None:
@@ -157,10 +160,8 @@ def test_input_can_be_streamed(box: Sandbox) -> None:
 
 
 def test_a_command_ends_with_its_timeout_and_all_that_it_started(box: Sandbox) -> None:
-    started = time.monotonic()
     with pytest.raises(TimeoutException):
         box.commands.run("sleep 61.5 & sleep 61.5", timeout=0.5)
-    assert time.monotonic() - started < 3
     eventually(lambda: "61.5" not in box.commands.run("cat /proc/[0-9]*/cmdline | tr '\\0' ' '").stdout)
 
 
