@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,6 +14,8 @@ from schemathesis import Case, GenerationMode, checks
 from schemathesis.config import SchemathesisConfig
 from schemathesis.specs.openapi import checks as openapi_checks
 
+from fumehood import errors
+from fumehood.errors import FumehoodError
 from http_server import Serving
 
 SETTINGS = {"queue_wait_s": 2, "pool_floor": 3}
@@ -103,3 +107,13 @@ def test_every_reference_leads_somewhere(admin: httpx.Client) -> None:
         for part in reference.removeprefix("#/").split("/"):
             at = at[part]
         assert at
+
+
+def test_the_page_for_people_names_every_route_and_every_code(admin: httpx.Client) -> None:
+    page = (Path(__file__).parents[2] / "docs/http.md").read_text()
+    for path in admin.get("/openapi.json").json()["paths"]:
+        words = [word for word in path.split("/") if word and not word.startswith("{")]
+        assert "signed" in path or all(f"/{word}" in page for word in words[-1:]), path
+    codes = {error.code for error in vars(errors).values() if isinstance(error, type) and issubclass(error, FumehoodError)}
+    told = set(re.findall(r"`([a-z_]+)`", page.partition("## Problems")[2].partition("## Idempotency")[0]))
+    assert codes - told == {"server_unreachable"}  # of the client: it never comes over the wire
