@@ -12,7 +12,7 @@ import uvloop
 from bench.load import operations
 from bench.load.ledger import Ledger, reconcile, records
 from bench.load.pace import Pace
-from bench.load.server import Server
+from bench.load.server import Server, status
 from bench.load.tenants import Tenant, make_tenants
 from bench.sustained import leaks
 
@@ -25,20 +25,30 @@ SAME_S, SETTLE_S = 5.0, 90.0
 
 def measure(server: Server, seconds: float, per_s: float) -> dict[str, Any]:
     """A short load goes first, so that `before` is a server that has done all of this already."""
+    floor = uvloop.run(pooled(server, "target"))
     uvloop.run(_load(server, min(WARM_UP_S, seconds), per_s, "warm"))
-    before = settled(server)
+    before = settled(server, floor)
     row = uvloop.run(_load(server, seconds, per_s, "load"))
     after, calm_s = server.calm(before)
     return {**row, "before": before, "after": after, "calm_s": calm_s, "leaks": leaks(before, after)}
 
 
-def settled(server: Server) -> dict[str, float]:
-    """What is held once two looks agree: the pool is back at its floor. After SETTLE_S whatever there is."""
+async def pooled(server: Server, what: str) -> int:
+    """How many warm sandboxes it holds now (`warm`), or means to hold (`target`)."""
+    admin = server.client()
+    try:
+        return sum(row[what] for row in (await status(admin))["pools"])
+    finally:
+        admin.close()
+
+
+def settled(server: Server, floor: int) -> dict[str, float]:
+    """What is held once two looks agree and the pool is back at its floor. After SETTLE_S whatever there is."""
     held, until = server.held(), time.monotonic() + SETTLE_S
     while time.monotonic() < until:
         time.sleep(SAME_S)
         now = server.held()
-        if all(now[k] == held[k] for k in held if not k.endswith("_mib")):
+        if uvloop.run(pooled(server, "warm")) <= floor and all(now[k] == held[k] for k in held if not k.endswith("_mib")):
             return now
         held = now
     return held

@@ -1,7 +1,7 @@
 """The agent's end of one session process: its control socket, its two pipes, its death.
 
-All that comes from here was written by user code's own process (H16): kinds are a closed set, sizes are capped by
-wire.Decoder, and a broken frame costs the session its life, nobody else.
+All that comes from here was written by user code's own process (H16): kinds are a closed set, sizes are capped by wire.Decoder,
+and a broken frame costs the session its life, nobody else.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from .process import ending
 
 RECV_BYTES = 1 << 16
 MAX_DESCRIPTORS = 4
+_TURNS = 19  # of patience more, on a machine that is too busy to let a session stop
 REAP_GRACE_S = 1.0  # an orphan becomes our child and is reaped at once; who claimed a stranger's pid is not waited for
 DONT_WAIT = socket.MSG_DONTWAIT  # not O_NONBLOCK: who sent us a socket may keep a copy and clear the shared flag
 EVENT_TYPES = ("count", "result", "error")  # tuples: `in` a set would hash what user code sent, and lists have no hash
@@ -93,13 +94,19 @@ class Link:
         if self.busy and not self._exited.done:
             with contextlib.suppress(ProcessLookupError):  # a woken twin may be reaped by another than us
                 os.kill(self.pid, signal.SIGINT)
-            self._loop.later(grace_s, lambda call=self._call: self._lose_patience(call, grace_s, reason))
+            self._wait_on(grace_s, self._call, reason, _TURNS)
 
-    def _lose_patience(self, call: Later, grace_s: float, reason: str) -> None:
+    def _wait_on(self, grace_s: float, call: Later, reason: str, turns: int) -> None:
+        waited_s = _waited_s(self.pid)
+        self._loop.later(grace_s, lambda: self._lose_patience(grace_s, call, reason, turns, waited_s))
+
+    def _lose_patience(self, grace_s: float, call: Later, reason: str, turns: int, waited_s: float) -> None:
         if call.done or not self.alive:
             return
         if self._loop.full:  # we, not the session, are the slow one: its END may be waiting in the socket
-            self._loop.later(grace_s, lambda: self._lose_patience(call, grace_s, reason))
+            self._wait_on(grace_s, call, reason, turns)
+        elif turns and _waited_s(self.pid) - waited_s > grace_s / 2:  # it would have stopped, and no processor was free
+            self._wait_on(grace_s, call, reason, turns - 1)
         else:
             self.kill(reason)
 
@@ -234,3 +241,10 @@ def _kill_group(pid: int) -> None:
     for kill in (os.killpg, os.kill):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             kill(pid, signal.SIGKILL)
+
+
+def _waited_s(pid: int) -> float:
+    """How long it was ready to run and did not; 0.0 where the kernel does not say (CONFIG_SCHED_INFO)."""
+    with contextlib.suppress(OSError, IndexError, ValueError), open(f"/proc/{pid}/schedstat") as file:
+        return int(file.read().split()[1]) / 1e9
+    return 0.0
