@@ -18,7 +18,7 @@ from mcp import Client
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Serving]:
-    with serving(tmp_path) as started:
+    with serving(tmp_path, grace_s=30) as started:
         yield started
 
 
@@ -50,3 +50,21 @@ async def test_a_session_works_with_its_key_alone_and_leaves_no_sandbox(server: 
     async with httpx2.AsyncClient(base_url=server.url, headers=HEADERS) as nobody:
         refused = await nobody.post("/mcp", json=asked, headers=session)
     assert refused.status_code == 401 and refused.json()["code"] == "unauthenticated"
+
+
+async def test_a_call_that_runs_when_the_server_is_stopped_gets_its_answer_and_its_session_an_end(
+    server: Serving, tmp_path: Path
+) -> None:
+    async with (
+        httpx2.AsyncClient(base_url=server.url, headers=_bearer(server.api_key)) as http,
+        Client(streamable_http_client(f"{server.url}/mcp", http_client=http)) as client,
+    ):
+        await client.list_tools()  # or the client would ask for their schemas once it has its answer
+        calling = asyncio.ensure_future(client.call_tool("run_code", {"code": "import time; time.sleep(1); print('ended')"}))
+        async with asyncio.timeout(20):
+            while not (await http.get("/v1/status")).json()["executions"]:  # noqa: ASYNC110 # a run tells others nothing
+                await asyncio.sleep(0.02)
+        server.process.terminate()
+        assert text(await calling) == "ended"
+        assert await asyncio.to_thread(server.process.wait, 30) == 0
+    assert "ERROR" not in (tmp_path / "log").read_text()

@@ -158,8 +158,10 @@ async def _until_stopped(
         _say(f"draining: at most {service.config.grace_s:g} s; Ctrl-C again stops at once")
         await _drain(service, hurry)
         service.events.close()
+        await sessions.aclose()  # while we answer: each ends its sandboxes as a client of ours
 
-    async with _mcp(service, url) as mcp:
+    async with contextlib.AsyncExitStack() as sessions:
+        mcp = await sessions.enter_async_context(_mcp(service, url))
         await serve_http(make_app(mcp), sock, service.config, stopping=stopping, drained=drained)
 
 

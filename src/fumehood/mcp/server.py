@@ -6,10 +6,11 @@ nothing that state could be kept for, nor an end at which sandboxes could be end
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext
 from typing import Any, cast
 
 import anyio
@@ -25,7 +26,7 @@ from mcp_types.version import HANDSHAKE_PROTOCOL_VERSIONS
 from pydantic import ValidationError
 
 from fumehood import __version__
-from fumehood.errors import Forbidden, FumehoodError, InvalidInput, Unauthenticated
+from fumehood.errors import Draining, Forbidden, FumehoodError, InvalidInput, Unauthenticated
 from fumehood.mcp import answers
 from fumehood.mcp.desk import Desk
 from fumehood.mcp.stdin import stdin_lines
@@ -38,6 +39,7 @@ SandboxFor = Callable[[Mapping[str, str]], dict[str, Any]]
 
 _INSTRUCTIONS = """Runs code and commands in isolated sandboxes on this host: no network, limited memory, nothing of the host
 visible. State stays between calls of this session and is gone after it. Take a checkpoint before a risky step."""
+_LAST_ANSWERS_S = 2.0
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 _SANDBOX, _DESK = "fumehood.sandbox", "fumehood.desk"  # keys of the ASGI scope and of the connection's state
 
@@ -95,12 +97,20 @@ class HttpApp:
 
     def __init__(self, manager: StreamableHTTPSessionManager, sandbox_for: SandboxFor) -> None:
         self._manager, self._sandbox_for = manager, sandbox_for
+        self._calls, self._answered, self._is_over = 0, asyncio.Event(), False
+        self._answered.set()
 
     @asynccontextmanager
     async def run(self) -> AsyncGenerator[None, None]:
-        """Serve sessions; at its end every session and its sandboxes are ended. Once for each app."""
+        """Serve sessions; at its end every session and its sandboxes are ended. Once for each app.
+
+        Answers that are on their way get a moment to arrive: the SDK would cut them off.
+        """
         async with self._manager.run():
             yield
+            with anyio.move_on_after(_LAST_ANSWERS_S):
+                await self._answered.wait()
+            self._is_over = True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -116,13 +126,30 @@ class HttpApp:
         if version is not None and version not in HANDSHAKE_PROTOCOL_VERSIONS:
             return await _refuse_version(send, version)
         try:
+            self._refuse_at_the_end()
             sandbox = self._sandbox_for(headers)
         except FumehoodError as error:
             return await _refuse(send, error)
         # The SDK lets only the principal that opened a session use it; any other key gets the 404 of an unknown id (H14).
         owner = hashlib.sha256(json.dumps(sandbox, sort_keys=True, default=repr).encode()).hexdigest()
         user = AuthenticatedUser(AccessToken(token=owner, client_id=owner, scopes=[]))
-        await self._manager.handle_request({**scope, "user": user, _SANDBOX: sandbox}, receive, send)
+        with self._call() if scope["method"] == "POST" else nullcontext():
+            await self._manager.handle_request({**scope, "user": user, _SANDBOX: sandbox}, receive, send)
+
+    def _refuse_at_the_end(self) -> None:
+        if self._is_over:
+            raise Draining("the server is shutting down", remediation="open a session at the next one")
+
+    @contextmanager
+    def _call(self) -> Generator[None]:
+        self._calls += 1
+        self._answered.clear()
+        try:
+            yield
+        finally:
+            self._calls -= 1
+            if not self._calls:
+                self._answered.set()
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         await receive()
