@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from opened import ADMIN, ME
 
@@ -184,6 +184,8 @@ def outcome(server: Asks, ask: CreateAsk) -> object:
         return type(e), str(e)
 
 
+@example([CreateAsk(limits={"pids": 64}), CreateAsk(limits={"pids": 64.0})])
+@example([CreateAsk(limits={"pids": 64.0}), CreateAsk(limits={"pids": 64})])
 @given(st.lists(NAMED, max_size=4))
 def test_an_ask_comes_to_the_same_whatever_was_asked_before(asks: list[CreateAsk]) -> None:
     server = Asks(CONFIG, lambda tier: LATE)

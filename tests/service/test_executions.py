@@ -180,6 +180,21 @@ async def test_a_caller_who_leaves_at_any_moment_stops_the_work_and_leaves_one_r
     await office.the_record("ok" if moment == "being written" else "cancelled")
 
 
+async def test_a_caller_who_left_hears_of_nothing_that_goes_wrong_afterwards(office: Office) -> None:
+    async def work() -> Result:
+        try:
+            return await office.at_the_gate()
+        except asyncio.CancelledError:
+            raise RuntimeError("a bug") from None
+
+    caller = asyncio.create_task(office.executions.result(office.begin(work)))
+    await office.works.wait()
+    caller.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await caller
+    await office.the_record("error")
+
+
 async def test_only_its_own_tenant_reaches_an_execution(office: Office) -> None:
     running = await stand(office, "running")
     assert not office.executions.cancel("two", running.record.id)
