@@ -155,6 +155,20 @@ def test_no_secret_of_a_sandbox_rests_on_the_disk(server: Server, make: Make) ->
         assert secret and secret.encode() not in kept
 
 
+# -- what a refused client hears
+def test_a_refusal_reaches_an_sdk_that_still_sends(box: Sandbox) -> None:
+    """Its client takes an answer that overtakes its request for a broken connection, once in thirty times."""
+    for _ in range(200):
+        with pytest.raises(SandboxException, match="metadata is not kept"):
+            box.files.write("m", "x", metadata={"a": "b"})
+
+
+def test_a_refusal_is_told_to_who_never_sends_the_rest(server: Server) -> None:
+    with server.connect() as connection:
+        connection.sendall(b"POST /v2/sandboxes HTTP/1.1\r\nhost: x\r\nx-api-key: none\r\ncontent-length: 9\r\n\r\n")
+        assert connection.recv(65_536).startswith(b"HTTP/1.1 401 ")
+
+
 # -- streams
 def test_a_run_whose_reader_stops_waits_for_it_and_the_server_holds_little_h15(server: Server, make: Make) -> None:
     sandbox, whole_mib = make(), 200

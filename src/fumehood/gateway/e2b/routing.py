@@ -5,12 +5,14 @@ Nothing here trusts what it routes by: whichever way a request takes, the token 
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import re
 from collections.abc import Mapping
 from urllib.parse import parse_qs
 
 from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fumehood.service import Service
 
@@ -18,6 +20,7 @@ from .control import PREFIXES, Authenticate, Control
 from .plane import Plane
 
 _SANDBOX_HOST = re.compile(r"([0-9]{1,5})-([a-z0-9]{1,64})\.")
+_HEARD_BYTES, _HEARD_S = 1 << 20, 1.0
 _SANDBOX_ID = re.compile(r"[a-z0-9]{1,64}\Z")
 
 
@@ -30,12 +33,13 @@ def route(app: ASGIApp, service: Service, authenticate: Authenticate) -> ASGIApp
             await app(scope, receive, send)
             return
         path: str = scope["path"]
+        heard = _heard_out(receive, send)
         if aim := destination(Headers(scope=scope)):
-            await plane.serve(*aim, scope, receive, send)
+            await plane.serve(*aim, scope, *heard)
         elif path == "/files" and "signature" in parse_qs(scope.get("query_string", b"").decode("latin-1")):
-            await plane.signed(scope, receive, send)
+            await plane.signed(scope, *heard)
         elif path in PREFIXES or path.startswith(tuple(p.rstrip("/") + "/" for p in PREFIXES)):
-            await control(scope, receive, send)
+            await control(scope, *heard)
         else:
             await app(scope, receive, send)
 
@@ -51,3 +55,27 @@ def destination(headers: Mapping[str, str]) -> tuple[str, int] | None:
     if match := _SANDBOX_HOST.match(headers.get("host", "")):
         return match[2], int(match[1])
     return None
+
+
+def _heard_out(receive: Receive, send: Send) -> tuple[Receive, Send]:
+    """A refusal waits a moment for the rest of its request: of an answer that comes before all was sent, E2B's client
+    (pyqwest 0.12) makes a broken connection, once in thirty times.
+    """
+    unread, read_bytes = True, 0
+
+    async def counted() -> Message:
+        nonlocal unread
+        message = await receive()
+        unread = message["type"] == "http.request" and message.get("more_body", False)
+        return message
+
+    async def patient(message: Message) -> None:
+        nonlocal read_bytes
+        if message["type"] == "http.response.start" and message["status"] >= 400:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_HEARD_S):
+                    while unread and read_bytes < _HEARD_BYTES:
+                        read_bytes += len((await counted()).get("body", b""))
+        await send(message)
+
+    return counted, patient
