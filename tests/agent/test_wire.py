@@ -18,7 +18,7 @@ from fumehood.agent import wire
 
 from .session_driver import Zygote
 
-SCHEMA = Path(wire.__file__).parent / "schema.2.json"
+SCHEMA = Path(wire.__file__).parent / "schema.3.json"
 PAGE = Path(__file__).parents[2] / "docs" / "wire.md"
 ids = st.integers(1, 2**32 - 1)
 frames = st.one_of(
@@ -111,11 +111,11 @@ def test_a_payload_over_the_limit_is_not_encoded():
 # The schema.
 
 
-def test_generation_2_is_frozen():
+def test_generation_3_is_frozen():
     """Change the generation, not this digest."""
-    assert wire.GENERATION == 2
+    assert wire.GENERATION == 3
     canonical = json.dumps(json.loads(SCHEMA.read_text()), sort_keys=True).encode()
-    assert hashlib.sha256(canonical).hexdigest() == "a2f3724d3463696ef5ba9fa465591f7138b18845e517a2f768100808a5e312c0"
+    assert hashlib.sha256(canonical).hexdigest() == "9900ad733ef9039a1c6781eae5fb88ee65eef575cbff5c61a8542262b086b62d"
 
 
 def test_every_verb_of_the_page_is_in_the_schema_and_no_other():
@@ -141,10 +141,12 @@ def test_what_a_session_really_sends_is_valid(tmp_path: Path, language: str):
 @pytest.mark.parametrize(
     ("part", "value"),
     [
-        ("hello", {"generation": 2, "agent": "0.1.0", "python": "3.11.7", "languages": ["python"]}),
+        ("hello", {"generation": 3, "agent": "0.1.0", "python": "3.11.7", "languages": ["python"]}),
         ("open", {"verb": "exec.start", "argv": ["ls"], "env": {}, "stdin": False, "pty": {"rows": 24, "cols": 80}}),
         ("open", {"verb": "context.run", "language": "python", "code": "1", "env": {"A": "b"}}),
         ("open", {"verb": "files.move", "source": "a", "destination": "b"}),
+        ("open", {"verb": "bind", "env": {}, "hostname": "a", "limits": {"memory_bytes": 1, "pids": 1, "disk_bytes": 1}}),
+        ("event", {"type": "account", "oom_kills": 0, "pids_refused": 0, "disk_full": False, "disk_used_bytes": 0}),
         ("end", {"ok": {}}),
         ("end", {"error": {"code": "file_error", "message": "no", "errno": "ENOENT"}}),
     ],
@@ -163,6 +165,7 @@ def test_what_the_page_shows_is_valid(part: str, value: dict[str, Any]):
         ("open", {"verb": "context.run", "code": 1}),
         ("open", {"verb": "ping", "extra": 1}),
         ("open", {"verb": "bind", "env": {"A=B": "x"}}),
+        ("open", {"verb": "bind", "limits": {"cpus": 1}}),
         ("event", {"type": "no"}),
         ("event", {"type": "result", "is_main_result": True, "data": {}}),
         ("end", {}),

@@ -77,6 +77,7 @@ class Contexts:
         return [context.describe() for context in self._contexts.values()]
 
     def run(self, stream: Stream, context: Context, code: str, env: Mapping[str, str]) -> None:
+        stream.outlives_host = True
         self._enqueue(stream, context, self._run(stream, context, code, env))
 
         def cancel() -> None:
@@ -117,6 +118,13 @@ class Contexts:
         if checkpoint not in context.checkpoints:
             raise Refused("not_found", f"context {context.id} has no checkpoint {checkpoint[:40]!r}")
         self._enqueue(stream, context, self._rollback(stream, context, context.checkpoints[checkpoint]))
+
+    def reseed(self, stream: Stream) -> Task:
+        """Sessions that are idle get random numbers of their own: those of a snapshot's clones are copies of each other."""
+        for context in [c for c in self._contexts.values() if c.link and not c.working]:
+            done = Later(self._loop)
+            self._enqueue(stream, context, self._reseed(context, done))
+            yield done
 
     def kill_all(self) -> None:
         for context in self._contexts.values():
@@ -161,6 +169,11 @@ class Contexts:
         if reply.error or reply.ok is None:
             raise Refused("internal", f"the session of {context.id} did not come up: {reply.error or reply.death}")
         stream.end({})
+
+    def _reseed(self, context: Context, done: Later) -> Task:
+        if context.link:
+            yield context.link.call({"verb": "reseed"})
+        done.resolve(None)
 
     def _checkpoint(self, stream: Stream, context: Context) -> Task:
         """The twin first: it costs a fork, and languages that have none say so before anything is copied."""

@@ -12,12 +12,11 @@ import errno
 import heapq
 import itertools
 import selectors
-import socket
 import time
 from collections import deque
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from typing import Any, Optional
+from typing import Any, Optional, Protocol
 
 from . import wire
 
@@ -27,6 +26,16 @@ DEAF_ABOVE = 8 * OUT_LIMIT  # a host that asks and never reads is not listened t
 RECV_BYTES = 1 << 18
 
 Task = Generator[Optional["Later"], Any, None]
+
+
+class Channel(Protocol):
+    """A connected stream socket, or what behaves like one."""
+
+    def fileno(self) -> int: ...
+    def setblocking(self, flag: bool, /) -> None: ...
+    def recv(self, size: int, /) -> bytes: ...
+    def send(self, data: bytearray, /) -> int: ...
+    def close(self) -> None: ...
 
 
 class Refused(Exception):
@@ -75,6 +84,8 @@ class Stream:
         self.on_data: Callable[[int, bytes], None] | None = None
         self.on_close: Callable[[], None] | None = None
         self.on_cancel: Callable[[], None] = lambda: self.end({})
+        self.last_event: Callable[[], dict[str, Any]] | None = None  # told just before END, to one who cancelled, too
+        self.outlives_host = False  # what it stands for goes on when the connection is lost
 
     def data(self, channel: int, data: bytes) -> None:
         if not self.ended and not self.cancelled:
@@ -94,6 +105,8 @@ class Stream:
         if not self.ended:
             self.ended = True
             self.loop.streams.pop(self.number, None)
+            if self.last_event is not None:
+                self.loop.send(wire.encode_json(self.number, wire.EVENT, self.last_event()))
             self.loop.send(wire.encode_json(self.number, wire.END, value))
 
     @contextmanager
@@ -129,9 +142,11 @@ class _Watch:
 
 
 class Loop:
-    def __init__(self, channel: socket.socket, on_open: Callable[[Stream, dict[str, Any]], None]) -> None:
-        channel.setblocking(False)
-        self.channel, self._on_open = channel, on_open
+    def __init__(self, channel: Channel | None, on_open: Callable[[Stream, dict[str, Any]], None]) -> None:
+        """Without a channel nothing is sent until attach()."""
+        self._on_open = on_open
+        # What to do when the host has gone; None: the loop ends.
+        self.on_gone: Callable[[], None] | None = None
         self.streams: dict[int, Stream] = {}
         self.ready: deque[tuple[Task, Any]] = deque()
         self._selector = selectors.DefaultSelector()
@@ -141,9 +156,21 @@ class Loop:
         self._decoder, self._out = wire.Decoder(), bytearray()
         self._last_stream = -1  # -1: the host has not said HELLO
         self.full = self.closed = False
+        self._channel: Channel | None = None
+        if channel is not None:
+            self.attach(channel)
 
     # -- what the rest of the agent calls
+    def attach(self, channel: Channel) -> None:
+        """Serve this host from now on. It knows of no stream that an earlier one has opened."""
+        self._detach()
+        channel.setblocking(False)
+        self._channel, self._last_stream = channel, -1
+        self.reading(channel.fileno(), self._receive, producer=False)
+
     def send(self, frame: bytes) -> None:
+        if self._channel is None:
+            return
         self._out += frame
         if len(self._out) >= OUT_LIMIT and not self.full:
             self._throttle(True)
@@ -171,8 +198,7 @@ class Loop:
         self.writing(fd, None)
 
     def run(self) -> None:
-        """Until the host closes the channel. Raises wire.BadFrame if the host breaks the protocol."""
-        self.reading(self.channel.fileno(), self._receive, producer=False)
+        """Until the host closes the channel, unless on_gone is set. Raises wire.BadFrame if the host breaks the protocol."""
         while not self.closed:
             self._flush()
             for key, mask in self._selector.select(self._patience()):
@@ -181,6 +207,26 @@ class Loop:
             self._step()
 
     # -- how it works
+    def _detach(self) -> None:
+        if self._channel is None:
+            return
+        self.forget(self._channel.fileno())
+        self._channel.close()
+        self._channel, self._decoder, self._out = None, wire.Decoder(), bytearray()
+        for stream in list(self.streams.values()):
+            if not stream.outlives_host:
+                self._cancel(stream)
+            stream.ended = True
+        self.streams.clear()
+        self._throttle(False)
+
+    def _gone(self) -> None:
+        if self.on_gone is None:
+            self.closed = True
+        else:
+            self._detach()
+            self.on_gone()
+
     def _arm(self, fd: int, watch: _Watch) -> None:
         reads = watch.read is not None and not (watch.producer and self.full)
         mask = (selectors.EVENT_READ if reads else 0) | (selectors.EVENT_WRITE if watch.write else 0)
@@ -231,27 +277,32 @@ class Loop:
                 wanted.waiter = task
 
     def _flush(self) -> None:
+        if self._channel is None:
+            return
         try:
             while self._out:
-                del self._out[: self.channel.send(self._out[:RECV_BYTES])]
+                del self._out[: self._channel.send(self._out[:RECV_BYTES])]
         except BlockingIOError:
             pass
         except (BrokenPipeError, ConnectionResetError):
-            self.closed = True
+            self._gone()
+            return
         if self.full and len(self._out) <= RESUME_BELOW:
             self._throttle(False)
-        self.writing(self.channel.fileno(), self._flush if self._out else None)
-        self.reading(self.channel.fileno(), None if len(self._out) > DEAF_ABOVE else self._receive, producer=False)
+        self.writing(self._channel.fileno(), self._flush if self._out else None)
+        self.reading(self._channel.fileno(), None if len(self._out) > DEAF_ABOVE else self._receive, producer=False)
 
     def _receive(self) -> None:
+        if self._channel is None:
+            return
         try:
-            data = self.channel.recv(RECV_BYTES)
+            data = self._channel.recv(RECV_BYTES)
         except BlockingIOError:
             return
         except ConnectionResetError:
             data = b""
         if not data:
-            self.closed = True
+            self._gone()
         for frame in self._decoder.feed(data):
             self._accept(frame)
 
@@ -282,5 +333,9 @@ class Loop:
             elif frame.kind == wire.CLOSE and stream.on_close:
                 stream.on_close()
             elif frame.kind == wire.CANCEL:
-                stream.cancelled = True
-                stream.on_cancel()
+                self._cancel(stream)
+
+    def _cancel(self, stream: Stream) -> None:
+        with stream.answering():
+            stream.cancelled = True
+            stream.on_cancel()

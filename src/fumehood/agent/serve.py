@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import contextlib
-import fcntl
 import os
 import platform
 import signal
 import socket
-import struct
-import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
-from . import child, files, wire
+from . import child, files, identity, wire
+from .args import Args
 from .contexts import Contexts
-from .loop import Later, Loop, Refused, Stream
+from .loop import Channel, Later, Loop, Refused, Stream, Task
 from .process import Processes
 from .session import languages
 from .watch import Watch
@@ -25,9 +21,6 @@ from .watch import Watch
 VERSION = "0.1.0"
 HOME = "/home/user"
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-RNDADDENTROPY = 0x40085203
-MAX_ENTROPY_BYTES = 512
-_ABSENT: Any = object()
 
 
 def serve(
@@ -55,57 +48,17 @@ def serve(
         agent.contexts.kill_all()
 
 
-class Args:
-    """The arguments of an OPEN, checked one by one. Raises Refused("invalid")."""
+class Machine(Protocol):
+    """What the agent can do where it is PID 1 of a machine of its own."""
 
-    def __init__(self, value: dict[str, Any], home: str) -> None:
-        self._value, self._home = value, home
-
-    def get(self, name: str, kind: type | tuple[type, ...], default: Any = _ABSENT) -> Any:
-        value = self._value.get(name, default)
-        if value is _ABSENT:
-            raise Refused("invalid", f"{self._value.get('verb')} needs {name!r}")
-        if value is not default and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)):
-            raise Refused("invalid", f"{name!r} must be {_spell(kind)}, not {value!r:.40}")
-        return value
-
-    def path(self, name: str, default: Any = _ABSENT) -> str:
-        return files.resolve(self.get(name, str, default), self._home)
-
-    def env(self) -> dict[str, str]:
-        env = self.get("env", dict, {})
-        if any(not isinstance(part, str) or "\0" in part for pair in env.items() for part in pair):
-            raise Refused("invalid", "'env' must map strings to strings, without NUL")
-        if any("=" in name or not name for name in env):
-            raise Refused("invalid", "a name in 'env' is empty or has a '=' in it")
-        return env
-
-    def argv(self) -> list[str]:
-        argv = self.get("argv", list)
-        if not argv or any(not isinstance(word, str) for word in argv):
-            raise Refused("invalid", "'argv' must be a list of strings, at least one")
-        return argv
-
-    def size(self) -> tuple[int, int]:
-        rows, cols = self.get("rows", int), self.get("cols", int)
-        if not (0 < rows < 1 << 16 and 0 < cols < 1 << 16):
-            raise Refused("invalid", "'rows' and 'cols' must be from 1 to 65535")
-        return rows, cols
-
-    def pty(self) -> tuple[int, int] | None:
-        size = self.get("pty", dict, None)
-        return None if size is None else Args({"verb": "pty", **size}, self._home).size()
-
-    def natural(self, name: str, default: Any) -> int | None:
-        value = self.get(name, int, default)
-        if value is not None and not 0 <= value < 1 << 63:
-            raise Refused("invalid", f"{name!r} must not be negative")
-        return value
+    def limit(self, limits: Mapping[str, int]) -> None: ...
+    def renew(self) -> None: ...
+    def account(self) -> dict[str, int | bool]: ...
 
 
 class Agent:
-    def __init__(self, channel: socket.socket, home: str, confine: Callable[[], None]) -> None:
-        self._home, self._bound = home, dict[str, str]()
+    def __init__(self, channel: Channel | None, home: str, confine: Callable[[], None], machine: Machine | None = None) -> None:
+        self._home, self._bound, self._machine = home, dict[str, str](), machine
         self._children: dict[int, Later] = {}
         self.loop = Loop(channel, self._open)
         self.processes = Processes(self.loop, home, confine, self._children)
@@ -118,10 +71,10 @@ class Agent:
             "LANG": "C.UTF-8",
         }
         self._verbs: dict[str, Callable[[Stream, Args], None]] = {
-            "bind": self._bind,
+            "bind": lambda s, a: s.task(self._bind(s, a)),
             "ping": lambda s, a: s.end({}),
             "exec.start": self._exec_start,
-            "exec.attach": lambda s, a: self.processes.attach(s, a.get("pid", int)),
+            "exec.attach": lambda s, a: self.processes.attach(self._accounted(s), a.get("pid", int)),
             "exec.write": lambda s, a: self.processes.write(s, a.get("pid", int)),
             "exec.eof": lambda s, a: s.end(_done(self.processes.eof(a.get("pid", int)))),
             "exec.signal": self._exec_signal,
@@ -148,9 +101,17 @@ class Agent:
             "files.watch": lambda s, a: _started(Watch(self.loop, s, a.path("path"), a.get("recursive", bool, False))),
         }
 
-    def run(self) -> None:
+    def greet(self, channel: Channel) -> None:
+        """Serve this host from now on."""
+        self.loop.attach(channel)
+        self._hello()
+
+    def _hello(self) -> None:
         hello = {"generation": wire.GENERATION, "agent": VERSION, "python": platform.python_version()}
         self.loop.send(wire.encode_json(0, wire.HELLO, {**hello, "languages": languages()}))
+
+    def run(self) -> None:
+        self._hello()
         with _child_signal() as wakeup:
             self.loop.reading(wakeup.fileno(), lambda: self._reap(wakeup), producer=False)
             self._reap(wakeup)  # those that ended before the handler was there
@@ -175,22 +136,29 @@ class Agent:
                     exited.resolve(status)
 
     # -- verbs with more than one line
-    def _bind(self, stream: Stream, args: Args) -> None:
-        env, clock_s, entropy = args.env(), args.get("clock_s", (int, float), None), args.get("entropy", str, "")
-        try:
-            if clock_s is not None:
-                time.clock_settime(time.CLOCK_REALTIME, clock_s)
-            if entropy:
-                _reseed(entropy)
-        except PermissionError as e:
-            raise Refused("unsupported", f"clock and entropy are the host's in this tier: {e}", "EPERM") from None
+    def _bind(self, stream: Stream, args: Args) -> Task:
+        env, limits, entropy = args.env(), args.limits(), args.get("entropy", str, "")
+        if limits and self._machine is None:
+            raise Refused("unsupported", "the limits are the host's in this tier")
+        identity.renew(args.get("clock_s", (int, float), None), entropy, args.get("hostname", str, ""))
+        if self._machine is not None:
+            self._machine.limit(limits)
+            self._machine.renew()
+        if entropy:
+            yield from self.contexts.reseed(stream)
         self._bound.update(env)
         stream.end({})
+
+    def _accounted(self, stream: Stream) -> Stream:
+        if self._machine is not None:
+            account = self._machine.account
+            stream.last_event = lambda: {"type": "account", **account()}
+        return stream
 
     def _exec_start(self, stream: Stream, args: Args) -> None:
         env = {**self._base_env, **self._bound, **args.env()}
         cwd, stdin, tag = args.path("cwd", ""), args.get("stdin", bool, False), args.get("tag", str, None)
-        self.processes.start(stream, args.argv(), env, cwd, stdin, args.pty(), tag)
+        self.processes.start(self._accounted(stream), args.argv(), env, cwd, stdin, args.pty(), tag)
 
     def _exec_signal(self, stream: Stream, args: Args) -> None:
         self.processes.signal(args.get("pid", int), args.get("signal", int), args.get("group", bool, False))
@@ -206,11 +174,7 @@ class Agent:
     def _context_run(self, stream: Stream, args: Args) -> None:
         id, language = args.get("id", str, None), args.get("language", str, "python")
         context = self.contexts.find(id) if id is not None else self.contexts.default(language)
-        self.contexts.run(stream, context, args.get("code", str), {**self._bound, **args.env()})
-
-
-def _spell(kind: type | tuple[type, ...]) -> str:
-    return " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+        self.contexts.run(self._accounted(stream), context, args.get("code", str), {**self._bound, **args.env()})
 
 
 def _done(_: None) -> dict[str, Any]:
@@ -235,16 +199,3 @@ def _child_signal() -> Any:
         signal.set_wakeup_fd(-1)
         mine.close()
         pythons.close()
-
-
-def _reseed(entropy: str) -> None:
-    """H20: clones of one snapshot must not draw the same numbers. Needs CAP_SYS_ADMIN, which the agent has in a microVM
-    only; elsewhere the host's kernel is the one that is random."""
-    try:
-        seed = base64.b64decode(entropy, validate=True)
-    except binascii.Error as e:
-        raise Refused("invalid", f"'entropy' is not base64: {e}") from None
-    if len(seed) > MAX_ENTROPY_BYTES:
-        raise Refused("invalid", f"'entropy' is over {MAX_ENTROPY_BYTES} bytes")
-    with open("/dev/urandom", "wb", buffering=0) as device:
-        fcntl.ioctl(device, RNDADDENTROPY, struct.pack("ii", 8 * len(seed), len(seed)) + seed)

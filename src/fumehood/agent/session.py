@@ -1,7 +1,7 @@
 """One context's process: a loop over requests from the agent, in a child that the agent forked.
 
 Requests are OPEN frames on the control socket; each is answered by EVENTs and one END on its stream.
-run {"code", "env"}; warm {}; checkpoint {}: a stopped twin of this process, whose control socket rides on the END; and, to a
+run {"code", "env"}; warm {}; reseed {}; checkpoint {}: a stopped twin of this process, whose control socket rides on the END; and, to a
 twin, wake {}: a live copy of it, whose control socket rides on the END. Both say the new process's {"pid"}. A twin and its
 copies are orphans on purpose, so that they become children of the agent, which is PID 1 or a subreaper: it reaps them.
 Threads, child processes and running asyncio tasks are not in a checkpoint. A closed control socket ends the process.
@@ -9,6 +9,7 @@ Threads, child processes and running asyncio tasks are not in a checkpoint. A cl
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import shutil
@@ -113,7 +114,8 @@ class Session:
     def _answer(self, stream: int, request: dict[str, Any]) -> None:
         self._stream = stream
         try:
-            verbs = {"wake": self._fork} if self._twin else {"run": self._run, "checkpoint": self._fork, "warm": self._warm}
+            live = {"run": self._run, "checkpoint": self._fork, "warm": self._warm, "reseed": self._reseed}
+            verbs = {"wake": self._fork} if self._twin else live
             verb = verbs.get(str(request.get("verb")))
             if verb is None:
                 raise Refused("invalid", f"no verb {request.get('verb')!r} here: there is {', '.join(verbs)}")
@@ -147,6 +149,13 @@ class Session:
         """Touch what a first cell touches, so that its copied pages are this process's own before somebody waits."""
         if isinstance(self._executor, python.Python):
             self._executor.warm()
+        self._end({"ok": {}})
+
+    def _reseed(self, _request: dict[str, Any]) -> None:
+        """H20: what os.fork() does for `random`, after a machine was cloned and no process saw a fork."""
+        for name in ("random", "numpy.random"):
+            with contextlib.suppress(Exception):  # user code may have put anything there
+                sys.modules[name].seed()
         self._end({"ok": {}})
 
     def _on_sigint(self, _number: int, _frame: object) -> None:

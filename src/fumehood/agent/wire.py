@@ -20,7 +20,7 @@ import json
 import struct
 from typing import Any, NamedTuple, cast
 
-GENERATION = 2
+GENERATION = 3
 HELLO, OPEN, DATA, EVENT, END, CLOSE, CANCEL = range(7)
 STDIN, STDOUT, STDERR, TERMINAL = range(4)
 FILE = STDIN

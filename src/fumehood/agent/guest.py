@@ -1,0 +1,162 @@
+"""PID 1 of a microVM: makes a sandbox of a bare kernel, then serves one host after the other.
+
+A host comes back after each restore of a snapshot, so contexts and programs outlive the connection that started them.
+PID 1 is root, for the clock and the limits, and touches files as the user (fsuid): no path that user code made up leads it
+anywhere that the user could not go. Words of the kernel's command line: fumehood.preload=MODULE,... and
+fumehood.prestart=LANGUAGE,...
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import resource
+import traceback
+from collections.abc import Callable, Generator, Mapping
+from pathlib import Path
+from typing import NoReturn
+
+from . import boot, child, python, wire
+from .channel import Host, find
+from .serve import DEFAULT_PATH, HOME, Agent
+
+UID = 1000
+GROUP = f"{boot.CGROUP}/user"
+PR_SET_NO_NEW_PRIVS, PR_CAPBSET_DROP = 38, 24
+RESERVE_BYTES = 32 << 20  # of the guest's memory: for PID 1 and the kernel, out of reach of user code
+PIDS = 1024
+_RLIMITS = {resource.RLIMIT_CORE: 0, resource.RLIMIT_NOFILE: 65_536, resource.RLIMIT_MEMLOCK: 8 << 20}
+_ENVIRON = {
+    "PATH": f"/opt/python/bin:{DEFAULT_PATH}",
+    "HOME": HOME,
+    "LANG": "C.UTF-8",
+    "MPLCONFIGDIR": "/tmp/.mpl",
+    **{f"{name}_NUM_THREADS": "1" for name in ("OPENBLAS", "OMP", "MKL", "NUMEXPR")},
+}
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def main() -> NoReturn:
+    """When anything fails the host hears which step it was, and the machine ends: the kernel panics without a PID 1."""
+    step = "file-systems"
+    try:
+        boot.file_systems(UID)
+        boot.console()
+        steps: dict[str, Callable[[], object]] = {"loopback": boot.loopback, "switches": boot.switches, "cgroup": make_group}
+        for step, action in steps.items():
+            action()
+        step = "agent"
+        run(find())
+    except BaseException as e:
+        traceback.print_exc()
+        with contextlib.suppress(OSError):
+            failed = {"step": step, "errno": getattr(e, "errno", None), "message": f"{type(e).__name__}: {e}"[:2000]}
+            find().accept_blocking().send(wire.encode_json(0, wire.HELLO, {"setup_failed": failed}))
+    os._exit(1)
+
+
+def run(host: Host) -> None:
+    options = boot.command_line()
+    machine = Machine()
+    os.environ.clear()
+    os.environ.update(_ENVIRON)
+    os.chdir(HOME)
+    _be_user()
+    child.settle_as_init()
+    if modules := _list(options, "preload"):
+        python.preload(modules)
+    agent = Agent(None, HOME, machine.confine, machine)
+    for language in _list(options, "prestart"):
+        agent.contexts.awake(agent.contexts.default(language))
+    host.attach_to(agent)
+    agent.run()
+
+
+def _list(options: Mapping[str, str], name: str) -> tuple[str, ...]:
+    return tuple(filter(None, options.get(name, "").split(",")))
+
+
+def make_group() -> None:
+    """The control group of user code. Raises OSError where the kernel has no such controllers."""
+    Path(boot.CGROUP, "cgroup.subtree_control").write_text("+memory +pids")
+    os.mkdir(GROUP)
+
+
+def _be_user() -> None:
+    _libc.setfsgid(UID)
+    _libc.setfsuid(UID)
+    if _libc.setfsuid(UID) != UID:  # it says what was before, and never that it failed
+        raise PermissionError("setfsuid did not take")
+
+
+@contextlib.contextmanager
+def _as_root() -> Generator[None]:
+    _libc.setfsuid(0)
+    try:
+        yield
+    finally:
+        _be_user()
+
+
+class Machine:
+    """What the agent of a guest can do and that of a mere sandbox can't. Its files are opened while PID 1 is still root."""
+
+    def __init__(self) -> None:
+        names = ("cgroup.procs", "memory.max", "pids.max", "memory.events", "pids.events")
+        flags = {True: os.O_RDONLY, False: os.O_WRONLY}
+        self._fds = {n: os.open(f"{GROUP}/{n}", flags[n.endswith("events")] | os.O_CLOEXEC) for n in names}
+        self._ids = {
+            n: os.open(f"{boot.RUN}/{n}", os.O_RDWR | os.O_CREAT, 0o444) for n in ("machine-id", "hostname", "boot-id")
+        }
+        boot.mount(f"{boot.RUN}/boot-id", "/proc/sys/kernel/random/boot_id", flags=boot.BIND)
+        self.limit({})
+        self.renew()
+
+    def limit(self, limits: Mapping[str, int]) -> None:
+        """`memory_bytes` and `pids` of all user code together, `disk_bytes` of all that it can write. Raises OSError."""
+        most = boot.memory_total_bytes() - RESERVE_BYTES
+        self._set("memory.max", min(limits.get("memory_bytes", most), most))
+        self._set("pids.max", limits.get("pids", PIDS))
+        if "disk_bytes" in limits:
+            with _as_root():
+                boot.resize_disk(limits["disk_bytes"])
+
+    def renew(self) -> None:
+        """Ids that clones of one snapshot must not share (H20). After the kernel's random numbers were."""
+        random = Path("/proc/sys/kernel/random/uuid").read_text()
+        texts = {"boot-id": random, "machine-id": os.urandom(16).hex() + "\n", "hostname": os.uname().nodename + "\n"}
+        for name, text in texts.items():
+            os.ftruncate(self._ids[name], 0)
+            os.pwrite(self._ids[name], text.encode(), 0)
+
+    def account(self) -> dict[str, int | bool]:
+        """What only this kernel knows of user code's fate, since boot; its word is good enough for its own guest."""
+        disk = os.statvfs(boot.RUN)
+        return {
+            "oom_kills": self._count("memory.events", "oom_kill"),
+            "pids_refused": self._count("pids.events", "max"),
+            "disk_full": disk.f_bavail == 0 or disk.f_favail == 0,
+            "disk_used_bytes": (disk.f_blocks - disk.f_bfree) * disk.f_frsize,
+        }
+
+    def confine(self) -> None:
+        """In every child, last thing before user code. Raises OSError, and then nothing of the user's runs."""
+        os.write(self._fds["cgroup.procs"], b"0")
+        for number, value in _RLIMITS.items():
+            resource.setrlimit(number, (value, value))
+        child.prctl(PR_SET_NO_NEW_PRIVS, 1)
+        for capability in range(int(Path("/proc/sys/kernel/cap_last_cap").read_text()) + 1):
+            child.prctl(PR_CAPBSET_DROP, capability)
+        os.setgroups([])
+        os.setresgid(UID, UID, UID)
+        os.setresuid(UID, UID, UID)  # from 0 to none: takes all capabilities along (capabilities(7))
+        if "CapPrm:\t0000000000000000" not in Path("/proc/thread-self/status").read_text():
+            raise PermissionError("capabilities are left")
+
+    def _set(self, name: str, value: int) -> None:
+        os.pwrite(self._fds[name], str(value).encode(), 0)
+
+    def _count(self, name: str, word: str) -> int:
+        lines = os.pread(self._fds[name], 512, 0).decode().splitlines()
+        return next((int(line.split()[1]) for line in lines if line.split()[0] == word), 0)

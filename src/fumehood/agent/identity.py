@@ -1,0 +1,47 @@
+"""What a machine renews when it gets its user: clones of one snapshot share nothing that has to be a secret or the time (H20)."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import fcntl
+import socket
+import struct
+import time
+
+from .loop import Refused
+
+RNDADDENTROPY = 0x40085203
+RNDRESEEDCRNG = 0x5207
+MAX_ENTROPY_BYTES = 512
+
+
+def renew(clock_s: float | None, entropy: str, hostname: str) -> None:
+    """Only what is given. Raises Refused: "unsupported" where all of it is the host's, as in a sandbox that is no machine."""
+    seed = _seed(entropy)
+    try:
+        if clock_s is not None:
+            time.clock_settime(time.CLOCK_REALTIME, clock_s)
+        if seed:
+            _reseed(seed)
+        if hostname:
+            socket.sethostname(hostname)
+    except PermissionError as e:
+        raise Refused("unsupported", f"clock, entropy and host name are the host's in this tier: {e}", "EPERM") from None
+
+
+def _seed(entropy: str) -> bytes:
+    try:
+        seed = base64.b64decode(entropy, validate=True)
+    except binascii.Error as e:
+        raise Refused("invalid", f"'entropy' is not base64: {e}") from None
+    if len(seed) > MAX_ENTROPY_BYTES:
+        raise Refused("invalid", f"'entropy' is over {MAX_ENTROPY_BYTES} bytes")
+    return seed
+
+
+def _reseed(seed: bytes) -> None:
+    """Adding is not enough: the generator takes from its pool once a minute, unless it is told to now (random(4))."""
+    with open("/dev/urandom", "wb", buffering=0) as device:
+        fcntl.ioctl(device, RNDADDENTROPY, struct.pack("ii", 8 * len(seed), len(seed)) + seed)
+        fcntl.ioctl(device, RNDRESEEDCRNG)
