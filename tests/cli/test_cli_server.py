@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import pty
+import re
+import select
 import stat
 import subprocess
 import time
@@ -226,6 +229,19 @@ def test_pool_templates_and_top_show_the_same_in_tables_and_json(server: Served,
     assert mine["cpu_percent"] > 5 and mine["stats"]["memory_bytes"] > 0 and mine["stats"]["pids"] >= 2
     assert "scheduler" in view["status"]
     assert box in server.do("top", "--once")
+
+
+def test_top_on_a_terminal_shows_how_full_the_queues_are_and_q_leaves(server: Served, box: str) -> None:
+    terminal, inner = pty.openpty()
+    watching = subprocess.Popen([*server.command, "top"], env={**server.env, "TERM": "xterm"}, stdin=inner, stdout=inner)
+    os.close(inner)
+    seen, deadline = b"", time.monotonic() + 30
+    while not re.search(rb"places [1-9]\d*/\d+, waiting 0 +turns \d+/\d+, waiting 0", seen) or box.encode() not in seen:
+        assert select.select([terminal], [], [], deadline - time.monotonic())[0], seen
+        seen += os.read(terminal, 65_536)
+    os.write(terminal, b"q")
+    assert watching.wait(20) == 0
+    os.close(terminal)
 
 
 def test_a_command_that_is_interrupted_ends_its_program_inside(server: Served, box: str) -> None:
