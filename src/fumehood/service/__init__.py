@@ -200,12 +200,14 @@ class Service:
         self, caller: Caller, *, states: frozenset[str] | None = None, after: str | None = None, limit: int = 100
     ) -> list[SandboxRecord]:
         """Newest first. `end_at`, `state` of what lives are those of this moment."""
+        known = self._leases.known(caller.tenant)
         found = await self.store.sandboxes(caller.tenant, states=states, after=after, limit=limit)
-        live = {lease.id: lease.record for lease in self._leases.of(caller.tenant)}
-        return [live.get(record.id, record) for record in found]
+        return [known[record.id].record if record.id in known else record for record in found]
 
     async def record(self, caller: Caller, sandbox_id: str) -> SandboxRecord | None:
         """Of one that ended, too; None when it is unknown, forgotten or another tenant's."""
+        if lease := self._leases.known(caller.tenant).get(sandbox_id):
+            return lease.record
         return await self.store.sandbox(caller.tenant, sandbox_id)
 
     # -- executions

@@ -30,6 +30,7 @@ class Leases:
     def __init__(self, config: Config, supervisor: Supervisor, store: Store, note: Note) -> None:
         self._config, self._supervisor, self._store, self._note = config, supervisor, store, note
         self._live: dict[str, Lease] = {}
+        self._ending: dict[str, Lease] = {}  # of which the store does not know yet that they ended
         self._ended: OrderedDict[str, tuple[str, str]] = OrderedDict()  # id -> (tenant, cause)
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -62,6 +63,10 @@ class Leases:
     def of(self, tenant: str | None) -> list[Lease]:
         """Live ones, oldest first. None: of every tenant."""
         return [lease for lease in self._live.values() if tenant in (None, lease.tenant)]
+
+    def known(self, tenant: str) -> dict[str, Lease]:
+        """Those of which more is known here than in the store."""
+        return {lease.id: lease for lease in (*self._live.values(), *self._ending.values()) if lease.tenant == tenant}
 
     def count_of_key(self, key_id: str) -> int:
         return sum(lease.key_id == key_id for lease in self._live.values())
@@ -141,6 +146,7 @@ class Leases:
             lease.ended_at, lease.cause = time.time(), cause
             lease.ended.set()
             self._forget(lease)
+            self._ending[lease.id] = lease
             lease.ending = self._spawn(self._take_down(lease))
         await asyncio.shield(lease.ending)
 
@@ -154,8 +160,11 @@ class Leases:
         finally:
             lease.give_back()
             self._note(lease, "sandbox.stopped", {"cause": lease.cause})
-            with contextlib.suppress(NotFound):  # the very write that began it may have failed
-                await self._store.end_sandbox(lease.id, lease.cause)
+            try:
+                with contextlib.suppress(NotFound):  # the very write that began it may have failed
+                    await self._store.end_sandbox(lease.id, lease.cause)
+            finally:
+                del self._ending[lease.id]
 
     def _forget(self, lease: Lease) -> None:
         if lease.timer is not None:
