@@ -2,10 +2,11 @@
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from served import Served
 
 
 @pytest.fixture(scope="session")
@@ -21,3 +22,17 @@ def fumehood(command: list[str], tmp_path: Path) -> Callable[..., subprocess.Com
         )
 
     return run
+
+
+@pytest.fixture(scope="module")
+def server(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    started = Served(command, tmp_path_factory.mktemp("served")).start()
+    yield started
+    assert started.stop() == 0, started.said.decode()
+
+
+@pytest.fixture
+def box(server: Served) -> Iterator[str]:
+    made = server.do("create", "--label", "of=test").strip()
+    yield made
+    server.run("kill", made)
