@@ -7,7 +7,7 @@ import contextlib
 from collections import Counter
 from typing import Any
 
-from fumehood.errors import FumehoodError, InvalidInput, InvalidTransition, SandboxGone
+from fumehood.errors import InvalidInput, InvalidTransition, SandboxGone
 from fumehood.events import EgressDenied, Event, SyscallRefused
 from fumehood.execution import Capture, Followed, Sinks, follow
 from fumehood.model import (
@@ -80,16 +80,11 @@ class Live:
         deadline_s = self.deadline(timeout_s)
         (before, _), refused, attempts = self._reading(), self._refused.copy(), self._attempts.copy()
         self._enter()
-        try:
+        with contextlib.ExitStack() as undo:  # also when the caller left
+            undo.callback(self._leave)
             stream = await self.link.open(verb, **arguments)
-            feeding = asyncio.create_task(_feed(stream, stdin)) if stdin is not None else None
+            undo.callback(asyncio.create_task(_feed(stream, stdin)).cancel)
             done = await follow(self.link, stream, verb, Capture(self.spec.limits, sinks), deadline_s, self.kill)
-            if feeding is not None:
-                feeding.cancel()
-                with contextlib.suppress(asyncio.CancelledError, FumehoodError):
-                    await feeding
-        finally:
-            self._leave()
         return self._result(done, before, self._refused - refused, self._attempts - attempts, deadline_s)
 
     def deadline(self, asked_s: float | None) -> float:
@@ -228,9 +223,11 @@ class Live:
         await self.handle.aclose()
 
 
-async def _feed(stream: Any, data: bytes) -> None:
-    await stream.send(data)
-    await stream.close_input()
+async def _feed(stream: Any, data: bytes | None) -> None:
+    if data is not None:
+        with contextlib.suppress(SandboxGone):  # whoever follows the stream is told
+            await stream.send(data)
+            await stream.close_input()
 
 
 def _tally(counter: Counter[Any], key: Any) -> None:
