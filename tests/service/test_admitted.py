@@ -141,7 +141,7 @@ async def test_a_one_shot_ends_its_sandbox_however_it_comes_out(tmp_path: Path) 
         await until(lambda: service._executions.alive(None, "e1234"), "it never began")
         await service.cancel(ME, "e1234")
         assert (await by_id).status == "cancelled"
-        assert nothing_left(service)
+        await until(lambda: nothing_left(service), "a sandbox is left")
         records = await service.executions(ME)
         assert [r.status for r in records] == ["cancelled", "error", "timeout", "error", "ok"]
         assert all(r.state == "stopped" for r in await service.history(ME))

@@ -121,7 +121,7 @@ class Service:
         *,
         execution_id: str | None = None,
     ) -> Result:
-        """A sandbox for this one execution, ended before this returns."""
+        """A sandbox for this one execution. It ends with it; its caller does not wait for that, its place is held until then."""
         wait = self._admission.wait(caller, ask.priority, ask.wait_s).within(request.timeout_s)
         lease, turn = await self._create(caller, replace(ask, on_expiry="kill", lease_s=None), wait, runs=True)
         try:
@@ -131,7 +131,7 @@ class Service:
         finally:
             if turn is not None:
                 turn.release()
-            await asyncio.shield(self._leases.end(lease, "its one execution ended"))
+            self._leases.end_soon(lease, "its one execution ended")
 
     async def _create(self, caller: Caller, ask: CreateAsk, wait: Wait, *, runs: bool = False) -> tuple[Lease, Grant | None]:
         """Also the turn that it still holds: when it had to be made, for that takes as much of the processors as a run; and

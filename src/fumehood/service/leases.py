@@ -150,6 +150,10 @@ class Leases:
             lease.ending = self._spawn(self._take_down(lease))
         await asyncio.shield(lease.ending)
 
+    def end_soon(self, lease: Lease, cause: str) -> None:
+        """The same, not waited for."""
+        self._spawn(self.end(lease, cause))
+
     async def _take_down(self, lease: Lease) -> None:
         try:
             async with lease.moving:
