@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -233,3 +234,31 @@ def test_an_environment_that_can_not_be_is_refused(env: dict[str, str]) -> None:
     with pytest.raises(PolicyError):
         SERVER.resolve(ME, CreateAsk(env=env))
     assert SERVER.resolve(ME, CreateAsk(policy={"env": {"A": "1", "B": "1"}}, env={"A": "2"}))[0].env == {"A": "2", "B": "1"}
+
+
+LONG = "/a" * 2_000
+LARGE: dict[str, dict[str, Any]] = {
+    "unknown keys": {f"k{i}": 1 for i in range(500_000)},
+    "wrong names of variables": {"env": {f"1{i}": "" for i in range(500_000)}},
+    "mounts without anything": {"template": {"name": "x", "mounts": [{}] * 500_000}},
+    "paths that contradict each other": {"files": {"hidden": ["/"] * 256, "writable": [f"/w{i}{LONG}" for i in range(256)]}},
+}
+WITHIN_S = 2.0  # of the processor; unbounded it is from 3 to 300, in which the server serves nobody else
+
+
+@pytest.mark.parametrize("what", LARGE)
+def test_a_large_policy_is_refused_before_others_wait_for_it(what: str) -> None:
+    begun = time.process_time()
+    with pytest.raises(PolicyError) as refused:
+        SERVER.resolve(ADMIN, CreateAsk(policy=LARGE[what]))
+    assert time.process_time() - begun < WITHIN_S
+    assert len(refused.value.message) < MIB
+
+
+def test_many_long_paths_are_held_against_each_other_before_others_wait_for_it() -> None:
+    kinds = ("hidden", "read_only", "writable")
+    files = {kind: [f"/{kind}{i}{LONG}" for i in range(256)] for kind in kinds}
+    begun = time.process_time()
+    spec, _ = SERVER.resolve(ME, CreateAsk(policy={"files": files}))
+    assert time.process_time() - begun < WITHIN_S
+    assert all(len(getattr(spec.files, kind)) >= 256 for kind in kinds)

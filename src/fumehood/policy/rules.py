@@ -31,6 +31,7 @@ _SIZE_UNITS = {"": 1, "b": 1, **{f"{p}b": 1000**n for n, p in enumerate("kmgt", 
 _BINARY_UNITS = {f"{p}ib": 1024**n for n, p in enumerate("kmgt", 1)}
 _TIME_UNITS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86_400.0}
 _QUANTITY = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) ?([A-Za-z]{0,3})")
+MAX_TOLD, _TOLD_CHARS = 32, 1_000  # faults of one document, and of each: a server's callers send documents of megabytes
 _RANGES = {f.name: (f.metadata["low"], f.metadata["high"]) for f in fields(Limits)}
 
 
@@ -224,16 +225,18 @@ def nearest(key: str, known: list[str]) -> str:
 
 def _say(error: ErrorDetails) -> str:
     loc = error["loc"]
-    key = ".".join(str(part) for part in loc if part != "[key]")
+    key = ".".join(str(part) for part in loc if part != "[key]")[:_TOLD_CHARS]
     if error["type"] == "extra_forbidden":
         section = _KEYS[tuple(str(part) for part in loc[:-1] if isinstance(part, str))]
-        return f"{key}: unknown key; {nearest(str(loc[-1]), list(section.model_fields))}"
-    return f"{key}: {error['msg'].removeprefix('Value error, ')}"
+        return f"{key}: unknown key; {nearest(str(loc[-1])[:64], list(section.model_fields))}"
+    return f"{key}: {error['msg'].removeprefix('Value error, ')[:_TOLD_CHARS]}"
 
 
 def _refusal(errors: list[ErrorDetails]) -> PolicyError:
+    more = [f"and {len(errors) - MAX_TOLD} more"] if len(errors) > MAX_TOLD else []
+    errors = errors[:MAX_TOLD]
     return PolicyError(
-        "policy refused: " + "; ".join(map(_say, errors)),
+        "policy refused: " + "; ".join([*map(_say, errors), *more]),
         cause="the document does not have the shape of a policy",
         remediation="correct the keys named above; docs/policy.md lists them all",
         keys=[[part for part in e["loc"] if part != "[key]"] for e in errors],

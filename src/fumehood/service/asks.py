@@ -24,6 +24,7 @@ CEILINGS: Mapping[str, float] = {
     "cpu_weight": 100,  # what everybody has: more would be taken from the neighbours
 }  # fmt: skip
 
+MAX_VALUES = 8_192  # of a policy, nested ones too
 _NO_FILES = "a server opens no files for its callers"
 
 
@@ -135,6 +136,7 @@ def _preset(name: str) -> None:
 
 def _safe(caller: Caller, policy: Mapping[str, Any]) -> dict[str, Any]:
     """What names files of the server's host is for nobody. What loosens the box, or shows the host in it, is for admins."""
+    _check_size(policy)
     document = dict(policy)
     if document.get("extends") is not None:
         _preset(str(document["extends"]))
@@ -152,6 +154,18 @@ def _safe(caller: Caller, policy: Mapping[str, Any]) -> dict[str, Any]:
             remediation="leave them out, or use a key with the scope admin",
         )
     return document
+
+
+def _check_size(policy: Mapping[str, Any]) -> None:
+    """Whoever's it is: megabytes of wrong keys are looked at for ten seconds, in the one loop that everybody shares."""
+    n_values, waiting = 0, list[Any]([policy])
+    while waiting and n_values <= MAX_VALUES:
+        value = waiting.pop()
+        n_values += 1
+        if isinstance(value, Mapping | list):
+            waiting += value.values() if isinstance(value, Mapping) else value  # pyright: ignore[reportUnknownMemberType]
+    if n_values > MAX_VALUES:
+        raise PolicyError("the policy is too large", cause=f"it has over {MAX_VALUES} values", remediation="send a smaller one")
 
 
 def _within(caller: Caller, limits: Limits, config: Config) -> None:
