@@ -240,7 +240,8 @@ async def test_any_text_is_data(store, text):
     store.keep_reply(text, text, 200, text)
     assert await store.key(text) == key and await store.keys(text) == [key]
     assert await store.sandbox(text, text) == record and await store.sandboxes(text, after=text) == []
-    assert (await store.executions(text, sandbox_id=text))[0].result == text
+    assert (await store.execution(text, text)).result == text
+    assert [e.result for e in await store.executions(text, sandbox_id=text)] == [""], "a page of results may be gigabytes"
     assert [(e.tenant, e.kind, e.data["x"]) for e in await store.events(text, 0)] == [(text, text, text[:1000])]
     assert (await store.claim_reply(text, text, text)).body == text
     assert await store.sandboxes(text, states=frozenset({text})) == []

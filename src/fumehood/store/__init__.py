@@ -149,10 +149,10 @@ class Store:
     async def executions(
         self, tenant: str | None, *, sandbox_id: str | None = None, after: str | None = None, limit: int = 100
     ) -> list[ExecutionRecord]:
-        """As `sandboxes`: newest first, in the order in which they began."""
+        """As `sandboxes`: newest first, in the order in which they began. Without results: a page of them may be gigabytes."""
         await self._writer.settled()
         conditions = {"tenant = ?": tenant, "sandbox_id = ?": sandbox_id}
-        return await self._reader.newest(ExecutionRecord, "executions", conditions, after, limit)
+        return await self._reader.newest(ExecutionRecord, "executions", conditions, after, limit, frozenset({"result"}))
 
     # -- idempotency
 

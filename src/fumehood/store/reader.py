@@ -29,12 +29,22 @@ class Reader:
         found = await self.rows(record, table, conditions, "LIMIT 1")
         return found[0] if found else None
 
-    async def rows(self, record: type[R], table: str, conditions: Conditions, rest: str) -> list[R]:
+    async def rows(
+        self, record: type[R], table: str, conditions: Conditions, rest: str, without: frozenset[str] = frozenset()
+    ) -> list[R]:
         where, values = _where(conditions)
-        found = await self._select(f"SELECT {columns(record)} FROM {table} {where} {rest}", values)
+        found = await self._select(f"SELECT {columns(record, without)} FROM {table} {where} {rest}", values)
         return [unpack(record, row) for row in found]
 
-    async def newest(self, record: type[R], table: str, conditions: Conditions, after: str | None, limit: int) -> list[R]:
+    async def newest(
+        self,
+        record: type[R],
+        table: str,
+        conditions: Conditions,
+        after: str | None,
+        limit: int,
+        without: frozenset[str] = frozenset(),
+    ) -> list[R]:
         """The page below the row `after`, which must meet the conditions on the tenant too. Raises NotFound when it doesn't."""
         below = None
         if after is not None:
@@ -43,7 +53,8 @@ class Reader:
             if not found:
                 raise NotFound(f"no {after!a} to go on after", cause="it is unknown, or forgotten", remediation="start again")
             below = found[0][0]
-        return await self.rows(record, table, {**conditions, "seq < ?": below}, f"ORDER BY seq DESC LIMIT {page(limit)}")
+        rest = f"ORDER BY seq DESC LIMIT {page(limit)}"
+        return await self.rows(record, table, {**conditions, "seq < ?": below}, rest, without)
 
     async def last_seq(self) -> int:
         found = await self._select("SELECT seq FROM sqlite_sequence WHERE name = 'events'", [])

@@ -35,8 +35,9 @@ _DECODE: Mapping[str, Callable[[Any], Any]] = {
 }
 
 
-def columns(record: type[Record]) -> str:
-    return ", ".join(f.name for f in fields(record))
+def columns(record: type[Record], without: frozenset[str] = frozenset()) -> str:
+    """`without`: texts that are not read; "" stands for them."""
+    return ", ".join(f"'' AS {f.name}" if f.name in without else f.name for f in fields(record))
 
 
 def insertion(table: str, record: type[Record]) -> str:
