@@ -290,3 +290,11 @@ def test_requests_to_the_rest_of_the_gateway_pass_by(server: Server) -> None:
     for path in ("/", "/files", "/sandboxesx", "/v2", "/templatesx/a"):
         answer = httpx.get(server.url + path, headers=server.headers())
         assert (answer.status_code, answer.headers["content-type"]) == (404, "application/problem+json"), path
+
+
+def test_a_body_that_is_read_as_a_whole_has_the_bound_of_json_whatever_its_method(box: Sandbox, server: Server) -> None:
+    url, large = f"{server.url}/sandboxes/{box.sandbox_id}/network", (8 << 20) + 1
+    assert large < UPLOAD_BYTES, "or it is refused as an upload"
+    answer = httpx.put(url, content=b" " * large, headers=server.headers(), timeout=30)
+    assert (answer.status_code, answer.json()["code"]) == (413, "invalid_input")
+    assert httpx.put(url, content=b"{}", headers=server.headers()).status_code == 204

@@ -23,6 +23,7 @@ _ID = re.compile(r"[A-Za-z0-9._-]{1,64}\Z")
 _READ_ON_BYTES = 64 << 20  # of a body that is refused: its sender gets to read why
 _OPEN = frozenset({"/healthz", "/readyz", "/openapi.json"})
 _SIGNED = "/v1/signed/"
+_PUT_STREAMS = ("/files", "/stdin")
 _POSTED_STREAMS = ("/files", "/process.Process/StreamInput")
 
 
@@ -54,9 +55,10 @@ class Door:
 
 
 def _cap(scope: Scope, config: Config) -> int:
-    """Files come as PUT; from E2B's SDK as POST, as does what is typed into a program. All else is JSON."""
+    """Files come as PUT; from E2B's SDK as POST, as does what is typed into a program. All else is JSON, read as a whole."""
     method, path = scope.get("method"), scope["path"]
-    is_upload = method == "PUT" or (method == "POST" and path in _POSTED_STREAMS)
+    is_put = method == "PUT" and (path.endswith(_PUT_STREAMS) or path.startswith(_SIGNED))
+    is_upload = is_put or (method == "POST" and path in _POSTED_STREAMS)
     return config.max_upload_bytes if is_upload else config.max_body_bytes
 
 
