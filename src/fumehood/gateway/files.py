@@ -14,6 +14,7 @@ from fumehood.errors import FumehoodError, Unauthenticated
 from fumehood.gateway import answers, schema, signed
 from fumehood.gateway.call import Call, Called, answer, empty, path_of
 from fumehood.gateway.document import NO_KEY
+from fumehood.gateway.listing import listed
 from fumehood.gateway.pour import BrokenOff, Pour
 from fumehood.gateway.writing import Writing
 from fumehood.lease import Lease
@@ -64,12 +65,8 @@ async def list_(
 ) -> Response:
     """{"entries": [...]}, of `depth` levels."""
     lease = await call.awake(sandbox_id)
-    link, entries = lease.live.link, list[Any]()
-    stream = await link.open("files.list", path=path_of(request), depth=depth)
-    with _followed(stream):
-        async for frame in stream:
-            entries += link.checked_json(frame).get("entries") or []
-    return answer({"entries": entries, "truncated": bool(stream.ok.get("truncated"))})
+    entries, truncated = await listed(lease.live.link, path_of(request), depth)
+    return answer({"entries": entries, "truncated": truncated})
 
 
 @router.post(_BASE + "/mkdir", response_model=answers.Entry)
@@ -116,14 +113,6 @@ async def _opened(connection: HTTPConnection, token: str, method: str) -> tuple[
 async def _verb(call: Call, sandbox_id: str, verb: str, **arguments: Any) -> dict[str, Any]:
     lease = await call.awake(sandbox_id)
     return await lease.live.link.call(verb, **arguments)
-
-
-@contextlib.contextmanager
-def _followed(stream: Stream) -> Any:
-    try:
-        yield
-    finally:
-        stream.abandon()
 
 
 async def download(link: Link, path: str, part: dict[str, int]) -> Response:

@@ -10,9 +10,10 @@ from typing import Any
 
 from fumehood.agent import wire
 from fumehood.errors import FileFault, FumehoodError, NotFound
+from fumehood.gateway.listing import listed
 
-from .call import Call, leave
-from .connect import Fault, number, tables, text
+from .call import Call
+from .connect import Fault, number, text
 
 Message = dict[str, Any]
 _TYPES = {"file": "FILE_TYPE_FILE", "directory": "FILE_TYPE_DIRECTORY", "symlink": "FILE_TYPE_SYMLINK"}
@@ -69,17 +70,10 @@ async def stat_entry(call: Call, message: Message) -> Message:
 
 async def list_dir(call: Call, message: Message) -> Message:
     depth = min(number(message, "depth") or 1, _MAX_DEPTH)
-    stream = await call.link.open("files.list", path=text(message, "path", ""), depth=depth)
-    entries: list[Message] = []
-    try:
-        async for frame in stream:
-            event = call.link.checked_json(frame) if frame.kind == wire.EVENT else {}
-            entries += [entry_info(entry) for entry in tables(event.get("entries"))]
-            if len(entries) > MAX_LISTED:
-                raise Fault("resource_exhausted", f"over {MAX_LISTED} entries: list a directory below, or less deep")
-    finally:
-        await leave(stream)
-    return {"entries": entries}
+    entries, truncated = await listed(call.link, text(message, "path", ""), depth, MAX_LISTED)
+    if truncated:
+        raise Fault("resource_exhausted", f"over {MAX_LISTED} entries: list a directory below, or less deep")
+    return {"entries": [entry_info(entry) for entry in entries]}
 
 
 async def make_dir(call: Call, message: Message) -> Message:

@@ -19,6 +19,7 @@ from .filesystem import entry_or_none, stat_path
 Message = dict[str, Any]
 MAX_WATCHERS = 16  # for each sandbox
 MAX_EVENTS = 1_000  # kept for a client that does not come to fetch them; then the oldest go
+_NAME_CHARS = 4_096  # no path is longer (PATH_MAX), but what a hostile agent says would be kept
 _PING_S = 30.0
 _TYPES = {c: f"EVENT_TYPE_{c.upper()}" for c in ("create", "write", "remove", "rename", "chmod")}
 
@@ -55,7 +56,7 @@ async def _open(call: Call, message: Message) -> tuple[str, bool, Stream]:
 
 def _change(event: Message) -> tuple[str, str] | None:
     kind = _TYPES.get(str(event.get("change")))
-    return (kind, str(event.get("name"))) if event.get("type") == "change" and kind else None
+    return (kind, str(event.get("name"))[:_NAME_CHARS]) if event.get("type") == "change" and kind else None
 
 
 async def _event(call: Call, root: str, change: tuple[str, str], entries: bool) -> Message:
