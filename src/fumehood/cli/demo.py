@@ -118,7 +118,7 @@ def _data_set() -> Path:
     raise NotFound(
         "the demo's data set is not installed",
         cause=f"no {DATA_SET} in the package vega_datasets",
-        remediation="pip install 'fumehood[data]'",
+        remediation="in the checkout: pip install '.[data]'",
     )
 
 

@@ -24,7 +24,7 @@ async def _serve(sandbox: dict[str, Any]) -> int:
     try:
         from fumehood.mcp.server import serve_stdio
     except ModuleNotFoundError as missing:
-        exits.complain(f"{missing.name} is not installed", "the MCP server needs it", "install fumehood[mcp]")
+        exits.complain(f"{missing.name} is not installed", "the MCP server needs it", "in the checkout: pip install '.[mcp]'")
         return exits.FAILED
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING)  # before the SDK sets up frames drawn for a wide terminal
     await serve_stdio(**sandbox)

@@ -53,7 +53,9 @@ def _on_uvloop(work: Coroutine[Any, Any, int]) -> int:
     except ModuleNotFoundError as missing:
         package = (missing.name or "a package").partition(".")[0]
         raise Unsupported(
-            f"{package} is not installed", cause="the server needs it", remediation="install fumehood[server]"
+            f"{package} is not installed",
+            cause="the server needs it, by the extra fumehood[server]",
+            remediation="in the checkout: pip install '.[server]'",
         ) from None
     finally:
         work.close()  # where it never began
@@ -193,7 +195,7 @@ async def _mcp(service: Service, url: str) -> AsyncGenerator[Any]:
     try:
         from fumehood.mcp.server import http_app
     except ModuleNotFoundError:
-        _log.warning("no MCP at /mcp: install fumehood[mcp]")
+        _log.warning("no MCP at /mcp; to have it, in the checkout: pip install '.[mcp]'")
         yield None
         return
     from fumehood.gateway.auth import shown
