@@ -72,15 +72,22 @@ def _devices() -> None:
 
 
 def console() -> None:
-    """As 0-2: the kernel found no /dev/console to open. User code gets no node of it."""
-    path = f"{RUN}/console"
-    os.mknod(path, 0o600 | stat.S_IFCHR, os.makedev(*_CONSOLE))
-    fd = os.open(path, os.O_RDWR | os.O_NOCTTY)
-    os.unlink(path)
+    """As 0-2: the kernel found no /dev/console to open."""
+    fd = open_device(*_CONSOLE, os.O_NOCTTY)
     for number in range(3):
         os.dup2(fd, number)
     if fd > 2:
         os.close(fd)
+
+
+def open_device(major: int, minor: int, flags: int = 0) -> int:
+    """Read-write. User code gets no node of it. Raises OSError."""
+    path = "/dev/.opening"
+    os.mknod(path, 0o600 | stat.S_IFCHR, os.makedev(major, minor))
+    try:
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC | flags)
+    finally:
+        os.unlink(path)
 
 
 def resize_disk(size_bytes: int) -> None:

@@ -1,7 +1,6 @@
-"""How the host reaches a guest's agent: vsock under Firecracker, a virtio-serial port under QEMU.
+"""How a host reaches the agent of a guest: vsock under Firecracker, a virtio-serial port under QEMU.
 
-One host at a time; the latest is served, since one that comes back after a restore is often here before the end of its old
-connection is seen.
+The latest host is served: one that comes back after a restore may be here before the end of its old connection is seen.
 """
 
 from __future__ import annotations
@@ -10,16 +9,15 @@ import contextlib
 import os
 import select
 import socket
-import stat
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from . import boot
+from . import boot, wire
 from .serve import Agent
 
 VSOCK_PORT, HOST_CID = 1024, 2
 PORT_NAME = "fumehood.agent"
-LOOK_AGAIN_S = 0.01  # a port that nobody holds at the other end is always "readable": it is looked at from time to time
+LOOK_AGAIN_S = 0.01  # a port whose other end nobody holds is always "readable": it is looked at from time to time instead
 _PORTS = Path("/sys/class/virtio-ports")
 
 
@@ -28,7 +26,9 @@ class Host(Protocol):
         """Serve whoever comes, from now on."""
         ...
 
-    def accept_blocking(self) -> socket.socket | Port: ...
+    def confess(self, failed: dict[str, Any]) -> None:
+        """Wait for a host and say it in place of a proper HELLO."""
+        ...
 
 
 def find() -> Host:
@@ -38,6 +38,8 @@ def find() -> Host:
 
 
 class VsockHost:
+    """Each connection is a host, which hears HELLO at once."""
+
     def __init__(self) -> None:
         self._listener = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         self._listener.bind((socket.VMADDR_CID_ANY, VSOCK_PORT))
@@ -48,20 +50,23 @@ class VsockHost:
         agent.loop.on_gone = lambda: None  # the listener goes on
         agent.loop.reading(self._listener.fileno(), lambda: self._accept(agent), producer=False)
 
-    def accept_blocking(self) -> socket.socket:
-        return self._listener.accept()[0]
+    def confess(self, failed: dict[str, Any]) -> None:
+        with self._listener.accept()[0] as connection:
+            connection.sendall(wire.encode_json(0, wire.HELLO, failed))
+            connection.recv(1)  # until the host has gone: what it has not read would go with this machine
 
     def _accept(self, agent: Agent) -> None:
         with contextlib.suppress(BlockingIOError, ConnectionError):
             connection, (cid, _) = self._listener.accept()
-            if cid == HOST_CID:
-                agent.greet(connection)
-            else:
+            if cid != HOST_CID:
                 connection.close()
+                return
+            agent.loop.attach(connection)
+            agent.greet()
 
 
 class Port:
-    """A virtio-serial port in the shape of a socket: 0 bytes mean that the host closed its end."""
+    """A virtio-serial port in the shape of a socket: 0 bytes mean that the host has closed its end."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
@@ -83,29 +88,27 @@ class Port:
 
 
 class SerialHost:
+    """A host is heard of when it asks for HELLO: a quick change of hosts can't be seen, and after a restore the port may still
+    bring it what was meant for an earlier one."""
+
     def __init__(self, number: str) -> None:
-        """`number` is the device's, as /sys shows it. User code gets no node of it."""
-        path = f"{boot.RUN}/channel"
-        os.mknod(path, 0o600 | stat.S_IFCHR, os.makedev(*map(int, number.split(":"))))
-        self._port = Port(os.open(path, os.O_RDWR | os.O_CLOEXEC))
-        os.unlink(path)
+        """`number` is the device's, as /sys shows it."""
+        self._port = Port(boot.open_device(*map(int, number.split(":"))))
 
     def attach_to(self, agent: Agent) -> None:
         agent.loop.on_gone = lambda: agent.loop.later(LOOK_AGAIN_S, lambda: self._look(agent))
         self._look(agent)
 
-    def accept_blocking(self) -> Port:
-        self._wait(None)
-        return self._port
+    def confess(self, failed: dict[str, Any]) -> None:
+        self._port.setblocking(True)
+        greet = wire.Decoder().feed(self._port.recv(1 << 16))[0].json().get("greet")
+        self._port.send(wire.encode_json(0, wire.HELLO, {**failed, "greet": greet}))
+        self._port.recv(1)
 
     def _look(self, agent: Agent) -> None:
-        if self._wait(0):
-            agent.greet(self._port)
-        else:
-            agent.loop.later(LOOK_AGAIN_S, lambda: self._look(agent))
-
-    def _wait(self, timeout_ms: int | None) -> bool:
-        """Until somebody holds the other end."""
         poll = select.poll()
         poll.register(self._port.fileno(), select.POLLOUT)
-        return any(events & select.POLLOUT for _, events in poll.poll(timeout_ms))
+        if any(events & select.POLLHUP for _, events in poll.poll(0)):
+            agent.loop.later(LOOK_AGAIN_S, lambda: self._look(agent))
+        else:
+            agent.loop.attach(self._port)

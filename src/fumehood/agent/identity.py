@@ -1,4 +1,4 @@
-"""What a machine renews when it gets its user: clones of one snapshot share nothing that has to be a secret or the time (H20)."""
+"""What a machine renews for its user: clones of one snapshot must not share the time or random numbers (H20)."""
 
 from __future__ import annotations
 

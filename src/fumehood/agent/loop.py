@@ -142,10 +142,10 @@ class _Watch:
 
 
 class Loop:
-    def __init__(self, channel: Channel | None, on_open: Callable[[Stream, dict[str, Any]], None]) -> None:
-        """Without a channel nothing is sent until attach()."""
-        self._on_open = on_open
-        # What to do when the host has gone; None: the loop ends.
+    def __init__(self, on_open: Callable[[Stream, dict[str, Any]], None], on_greet: Callable[[str], None]) -> None:
+        """Nobody is served until attach()."""
+        self._on_open, self._on_greet = on_open, on_greet
+        # What to do when the host has gone; None: the loop ends, and nobody comes back.
         self.on_gone: Callable[[], None] | None = None
         self.streams: dict[int, Stream] = {}
         self.ready: deque[tuple[Task, Any]] = deque()
@@ -157,8 +157,6 @@ class Loop:
         self._last_stream = -1  # -1: the host has not said HELLO
         self.full = self.closed = False
         self._channel: Channel | None = None
-        if channel is not None:
-            self.attach(channel)
 
     # -- what the rest of the agent calls
     def attach(self, channel: Channel) -> None:
@@ -308,15 +306,24 @@ class Loop:
 
     def _accept(self, frame: wire.Frame) -> None:
         if frame.kind == wire.HELLO:
-            if self._last_stream >= 0 or frame.json().get("generation") != wire.GENERATION:
-                raise wire.BadFrame("an unexpected HELLO")
-            self._last_stream = 0
+            self._shake_hands(frame.json())
         elif frame.kind == wire.OPEN:
             self._open(frame)
         elif frame.kind in (wire.EVENT, wire.END):
             raise wire.BadFrame(f"a frame of kind {frame.kind} from the host")
         elif frame.stream in self.streams:  # else it crossed our END
             self._pass_on(self.streams[frame.stream], frame)
+
+    def _shake_hands(self, hello: dict[str, Any]) -> None:
+        if hello.get("generation") != wire.GENERATION:
+            raise wire.BadFrame(f"a HELLO of generation {hello.get('generation')!r:.20}")
+        if self.on_gone is not None and self._channel is not None and isinstance(greet := hello.get("greet"), str):
+            self.attach(self._channel)
+            self._on_greet(greet)
+            return
+        if self._last_stream >= 0:
+            raise wire.BadFrame("an unexpected HELLO")
+        self._last_stream = 0
 
     def _open(self, frame: wire.Frame) -> None:
         if not 0 <= self._last_stream < frame.stream:

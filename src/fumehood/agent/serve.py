@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from . import child, files, identity, wire
 from .args import Args
 from .contexts import Contexts
-from .loop import Channel, Later, Loop, Refused, Stream, Task
+from .loop import Later, Loop, Refused, Stream, Task
 from .process import Processes
 from .session import languages
 from .watch import Watch
@@ -38,9 +38,11 @@ def serve(
     opening the agent's memory.
     """
     child.settle_as_init(traceable=traceable)
-    agent = Agent(channel, home, confine)
+    agent = Agent(home, confine)
     for language in prestart:
         agent.contexts.awake(agent.contexts.default(language))
+    agent.loop.attach(channel)
+    agent.greet()
     try:
         agent.run()
     finally:  # a PID 1 that ends takes all with it; an agent that is not PID 1 has to do so itself
@@ -57,10 +59,10 @@ class Machine(Protocol):
 
 
 class Agent:
-    def __init__(self, channel: Channel | None, home: str, confine: Callable[[], None], machine: Machine | None = None) -> None:
+    def __init__(self, home: str, confine: Callable[[], None], machine: Machine | None = None) -> None:
         self._home, self._bound, self._machine = home, dict[str, str](), machine
         self._children: dict[int, Later] = {}
-        self.loop = Loop(channel, self._open)
+        self.loop = Loop(self._open, self.greet)
         self.processes = Processes(self.loop, home, confine, self._children)
         self.contexts = Contexts(self.loop, home, confine, self._children)
         self._base_env = {
@@ -101,17 +103,13 @@ class Agent:
             "files.watch": lambda s, a: _started(Watch(self.loop, s, a.path("path"), a.get("recursive", bool, False))),
         }
 
-    def greet(self, channel: Channel) -> None:
-        """Serve this host from now on."""
-        self.loop.attach(channel)
-        self._hello()
-
-    def _hello(self) -> None:
+    def greet(self, token: str | None = None) -> None:
+        """Say HELLO to the host that is attached; `token` is what it asked with."""
         hello = {"generation": wire.GENERATION, "agent": VERSION, "python": platform.python_version()}
-        self.loop.send(wire.encode_json(0, wire.HELLO, {**hello, "languages": languages()}))
+        hello |= {"languages": languages(), **({} if token is None else {"greet": token})}
+        self.loop.send(wire.encode_json(0, wire.HELLO, hello))
 
     def run(self) -> None:
-        self._hello()
         with _child_signal() as wakeup:
             self.loop.reading(wakeup.fileno(), lambda: self._reap(wakeup), producer=False)
             self._reap(wakeup)  # those that ended before the handler was there

@@ -1,9 +1,9 @@
 """One context's process: a loop over requests from the agent, in a child that the agent forked.
 
 Requests are OPEN frames on the control socket; each is answered by EVENTs and one END on its stream.
-run {"code", "env"}; warm {}; reseed {}; checkpoint {}: a stopped twin of this process, whose control socket rides on the END; and, to a
-twin, wake {}: a live copy of it, whose control socket rides on the END. Both say the new process's {"pid"}. A twin and its
-copies are orphans on purpose, so that they become children of the agent, which is PID 1 or a subreaper: it reaps them.
+run {"code", "env"}; warm {}; reseed {}; checkpoint {}: a stopped twin of this process, whose control socket rides on the END;
+and, to a twin, wake {}: a live copy of it, whose control socket rides on the END. Both say the new process's {"pid"}. A twin
+and its copies are orphans on purpose, so that they become children of the agent, which is PID 1 or a subreaper: it reaps them.
 Threads, child processes and running asyncio tasks are not in a checkpoint. A closed control socket ends the process.
 """
 

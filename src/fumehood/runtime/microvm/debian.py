@@ -15,6 +15,7 @@ _TOOLS = ("apt-get", "apt-cache", "dpkg-deb")
 _KINDS = ("recommends", "suggests", "conflicts", "breaks", "replaces", "enhances")
 _DEPENDS = ["depends", "--recurse", *(f"--no-{kind}" for kind in _KINDS)]
 # What packages name in order to be configured, or to run scripts, which nobody does here.
+_ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
 _NEVER = frozenset({"debconf", "debconf-2.0", "cdebconf", "dpkg", "perl", "perl-base", "init-system-helpers"})
 
 
@@ -62,11 +63,7 @@ def _closure(packages: Sequence[str]) -> list[str]:
 
 
 def _run(command: list[str], cwd: Path) -> str:
-    done = subprocess.run(
-        command, cwd=cwd, capture_output=True, text=True, env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
-    )
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=_ENVIRONMENT)
     if done.returncode:
-        raise SetupFailed(
-            f"{command[0]} failed", cause=done.stderr.strip()[-500:], remediation="apt-get update, then try again"
-        )
+        raise SetupFailed(f"{command[0]} failed", cause=done.stderr.strip()[-500:], remediation="apt-get update, retry")
     return done.stdout

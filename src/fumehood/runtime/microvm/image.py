@@ -29,7 +29,7 @@ _NEED_BYTES = 2 << 30  # the tree, its image and a margin
 _AGENT = Path(fumehood.agent.__file__).parent
 _INIT = Path(__file__).with_name("guest") / "init"
 _PYTHONS = (f"{rootfs.VENV}/bin/python3", "usr/local/bin/python3", "usr/bin/python3", "usr/bin/python3.11", "bin/python3")
-_DIRECTORIES = [
+_DIRECTORIES = (
     "dev",
     "etc",
     "home/user",
@@ -42,7 +42,7 @@ _DIRECTORIES = [
     "tmp",
     "usr/bin",
     "var",
-]
+)
 _ETC = {
     "passwd": "root:x:0:0:root:/root:/usr/sbin/nologin\nuser:x:1000:1000::/home/user:/bin/bash\n"
     "nobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\n",

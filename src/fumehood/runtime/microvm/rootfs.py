@@ -1,4 +1,4 @@
-"""What a guest's root is filled with: this host's own Python environment, Debian packages, or a directory that somebody unpacked.
+"""What a guest's root is filled with: this host's own Python environment, Debian packages, or an unpacked directory.
 
 Only copies and unpacks: no program of a foreign root is run on the host.
 """
@@ -23,98 +23,13 @@ VENV = "opt/python"
 _SKIP = frozenset({"__pycache__", "test", "tests", "idlelib", "tkinter", "turtledemo", "ensurepip", "lib2to3"})
 _STATIC = re.compile(r"config-\d.*|.*\.(a|pyc|exe)")
 _MERGED = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
-_PROGRAMS = (
-    *[
-        "bash",
-        "sh",
-        "env",
-        "awk",
-        "grep",
-        "sed",
-        "find",
-        "xargs",
-        "tar",
-        "gzip",
-        "gunzip",
-        "diff",
-        "ps",
-        "kill",
-        "pgrep",
-        "which",
-        "tput",
-        "clear",
-        "less",
-    ],
-    *[
-        "ls",
-        "cat",
-        "cp",
-        "mv",
-        "rm",
-        "mkdir",
-        "rmdir",
-        "ln",
-        "touch",
-        "chmod",
-        "pwd",
-        "echo",
-        "printf",
-        "true",
-        "false",
-        "test",
-        "[",
-        "sleep",
-        "date",
-        "seq",
-        "sort",
-        "uniq",
-        "wc",
-        "head",
-        "tail",
-        "tr",
-    ],
-    *[
-        "cut",
-        "paste",
-        "tee",
-        "dd",
-        "df",
-        "du",
-        "stat",
-        "id",
-        "whoami",
-        "hostname",
-        "uname",
-        "basename",
-        "dirname",
-        "readlink",
-        "realpath",
-        "mktemp",
-        "md5sum",
-        "sha256sum",
-    ],
-    *[
-        "base64",
-        "od",
-        "nproc",
-        "timeout",
-        "nohup",
-        "yes",
-        "expr",
-        "split",
-        "comm",
-        "join",
-        "fold",
-        "nl",
-        "tac",
-        "rev",
-        "stty",
-        "tty",
-        "sync",
-        "install",
-        "mkfifo",
-    ],
+_NAMES = (
+    "bash sh env awk grep sed find xargs tar gzip gunzip diff ps kill pgrep which tput clear less free mount "
+    "ls cat cp mv rm mkdir rmdir ln touch chmod pwd echo printf true false test [ sleep date seq sort uniq wc head tail tr "
+    "cut paste tee dd df du stat id whoami hostname uname basename dirname readlink realpath mktemp md5sum sha256sum "
+    "base64 od nproc timeout nohup yes expr split comm join fold nl tac rev stty tty sync install mkfifo"
 )
+_PROGRAMS = tuple(_NAMES.split())
 _HOST_FILES = ("/etc/ld.so.cache", "/etc/mime.types", "/usr/lib/locale/C.utf8", "/usr/share/zoneinfo")
 _TERMINALS = tuple(f"/lib/terminfo/{name[0]}/{name}" for name in ("dumb", "linux", "vt100", "xterm", "xterm-256color"))
 _DLOPENED = ("libgcc_s.so.1",)  # by pthread_cancel(): in no list of needed libraries
@@ -165,9 +80,7 @@ def from_directory(source: Path) -> Fill:
     def fill(root: Path, step: Step) -> None:
         step(f"copying {source}", 0, 1)
         if not source.is_dir():
-            raise InvalidInput(
-                f"no directory {source}", cause="an image is made from a root directory", remediation="unpack one"
-            )
+            raise InvalidInput(f"no directory {source}", cause="it should hold a root file system", remediation="unpack one")
         try:
             shutil.copytree(source, root, symlinks=True, dirs_exist_ok=True, copy_function=_copy_plain)
         except (OSError, shutil.Error) as e:
