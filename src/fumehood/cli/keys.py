@@ -41,7 +41,7 @@ def create(
     e2b: Annotated[bool, typer.Option("--e2b", help="Write it as the E2B SDK wants it: e2b_...")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Make a key and print it: the only time that its secret is shown."""
+    """Make a key for the server of this state directory and print it: the only time that its secret is shown."""
 
     async def work() -> int:
         key_id, secret = secrets.token_hex(8), secrets.token_hex(24)

@@ -98,7 +98,8 @@ async def server(url: str | None, api_key: str | None) -> Address:
     found = await find(url, api_key)
     if found is None:
         cause = "neither --url nor FUMEHOOD_URL names one, and none runs with this user's state directory"
-        raise ServerUnreachable("there is no server", cause=cause, remediation="start one with fumehood serve")
+        remedy = "start one with fumehood serve; one of another user needs FUMEHOOD_URL and FUMEHOOD_API_KEY"
+        raise ServerUnreachable("there is no server", cause=cause, remediation=remedy)
     return found
 
 
