@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from fumehood.live import Live
 from fumehood.model import SandboxState
-from fumehood.records import Caller, OnExpiry, SandboxRecord
+from fumehood.records import Caller, KeyLimits, OnExpiry, SandboxRecord
 
 
 @dataclass(eq=False)
@@ -29,6 +29,7 @@ class Lease:
     on_expiry: OnExpiry = "kill"
     auto_resume: bool = False
     metadata: Mapping[str, str] = field(default_factory=dict[str, str])
+    key_limits: KeyLimits = field(default_factory=KeyLimits)
     created_at: float = field(default_factory=time.time)
     token: str = field(default_factory=lambda: secrets.token_hex(32), repr=False)
     give_back: Callable[[], None] = lambda: None  # its place in the admission
@@ -54,7 +55,7 @@ class Lease:
     @property
     def owner(self) -> Caller:
         """The key that made it: whoever opens it with its own token acts as that."""
-        return Caller(self.tenant, self.key_id, frozenset({"sandboxes"}))
+        return Caller(self.tenant, self.key_id, frozenset({"sandboxes"}), self.key_limits)
 
     @property
     def is_paused(self) -> bool:

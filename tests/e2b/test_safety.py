@@ -298,3 +298,18 @@ def test_a_body_that_is_read_as_a_whole_has_the_bound_of_json_whatever_its_metho
     answer = httpx.put(url, content=b" " * large, headers=server.headers(), timeout=30)
     assert (answer.status_code, answer.json()["code"]) == (413, "invalid_input")
     assert httpx.put(url, content=b"{}", headers=server.headers()).status_code == 204
+
+
+@pytest.mark.parametrize(("path", "port"), [("/filesystem.Filesystem/Stat", 49983), ("/contexts", 49999)])
+def test_a_sandboxs_own_tokens_get_its_key_no_more_than_the_keys_limits(server: Server, path: str, port: int) -> None:
+    key = server.new_key(tenant="alpha", limits={"requests_per_s": 0.05, "burst": 3})
+    box = Sandbox.create(template="python", **server.options(key))
+    try:
+        shown = {**envd(box, port=port), "E2B-Traffic-Access-Token": box.traffic_access_token or ""}
+        answers = [httpx.post(server.url + path, json={"path": "/"}, headers=shown) for _ in range(4)]
+        assert answers[0].is_success and answers[-1].status_code == 429, [a.status_code for a in answers]
+        assert answers[-1].json()["code"] == 429 and int(answers[-1].headers["retry-after"]) >= 1
+        signed = httpx.get(box.download_url("nothing"))
+        assert signed.status_code == 429
+    finally:
+        httpx.delete(f"{server.url}/v1/sandboxes/{box.sandbox_id}", headers={"X-API-Key": server.keys["alpha"]})

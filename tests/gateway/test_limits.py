@@ -53,6 +53,17 @@ def test_the_rate_of_one_key_is_not_that_of_another(server: Serving, admin: http
     alice.get("/v1/whoami").raise_for_status()
 
 
+def test_a_signed_url_gets_its_key_no_more_than_the_keys_limits(server: Serving, admin: httpx.Client) -> None:
+    key = new_key(admin, "alice", limits={"requests_per_s": 0.02, "burst": 3})["api_key"]
+    with client(server, key) as http:
+        made = f"/v1/sandboxes/{http.post('/v1/sandboxes', json={}).raise_for_status().json()['id']}"
+        url = http.post(f"{made}/files/sign", json={"path": "nothing"}).raise_for_status().json()["url"]
+        problem(httpx.get(server.url + url), 404, "not_found")
+        slower(httpx.get(server.url + url), "rate_limited")
+    with client(server, new_key(admin, "alice")["api_key"]) as http:
+        http.delete(made).raise_for_status()
+
+
 def test_a_key_with_too_much_under_way_is_told_so_until_it_ends(server: Serving, admin: httpx.Client, box: str) -> None:
     key = new_key(admin, "alice", limits={**MANY, "concurrent_requests": 1})["api_key"]
     with client(server, key) as http:

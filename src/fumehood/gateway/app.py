@@ -41,8 +41,8 @@ def create_app(service: Service, authenticate: Authenticator, mcp: ASGIApp | Non
     for router in (executions.router, sandboxes.router, contexts.router, sockets.router, files.router, admin.router):
         api.include_router(router)
     inner = locked(_beside(api, mcp) if mcp is not None else api, authenticate)
-    door = Door(e2b.route(inner, service, authenticate), service.config)
-    api.state.answers = door.counts
+    door = Door(e2b.route(inner, service, authenticate, authenticate.limits), service.config)
+    api.state.answers, api.state.limits = door.counts, authenticate.limits
     return door
 
 

@@ -100,12 +100,13 @@ async def signed_write(token: str, request: Request) -> Response:
 
 
 async def _opened(connection: HTTPConnection, token: str, method: str) -> tuple[Lease, str]:
-    """Raises Unauthenticated: in one way for all that can be wrong with it."""
+    """Raises Unauthenticated, in one way for all that can be wrong with it; RateLimited, for it counts as its key's."""
     service: Service = connection.app.state.service
     found = signed.check(token, method, service.find)
     if found is None:
         raise Unauthenticated("this URL opens nothing", cause="it is malformed, expired, or its sandbox ended")
     lease, path = found
+    connection.app.state.limits.take(lease.owner, connection.scope["fumehood.tickets"])
     await service.awake(lease.owner, lease.id)
     return lease, path
 

@@ -157,6 +157,7 @@ class Service:
                 ask.on_expiry,
                 ask.auto_resume,
                 ask.metadata,
+                caller.limits,
                 give_back=place.release,
                 queue_ms=place.queue_ms,
             )

@@ -6,12 +6,13 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from fumehood.errors import FumehoodError
+from fumehood.errors import FumehoodError, RateLimited
+from fumehood.gateway.limits import Limits
 from fumehood.lease import Lease
 from fumehood.service import Service
 
 from . import files, interpreter
-from .answers import Refusal, gone, refused
+from .answers import Refusal, gone, refusal_of, refused
 from .call import Call, same, traffic_token
 from .rpc import Procedures
 
@@ -21,8 +22,8 @@ _NOT_THERE = ("not_found", "sandbox_gone", "invalid_transition")
 
 
 class Plane:
-    def __init__(self, service: Service) -> None:
-        self._service, self._procedures = service, Procedures()
+    def __init__(self, service: Service, limits: Limits) -> None:
+        self._service, self._limits, self._procedures = service, limits, Procedures()
 
     async def serve(self, sandbox_id: str, port: int, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
@@ -51,6 +52,10 @@ class Plane:
     async def _awake(
         self, lease: Lease, port: int, request: Request, scope: Scope, receive: Receive, send: Send
     ) -> Response | None:
+        try:
+            self._limits.take(lease.owner, scope["fumehood.tickets"])  # a token gets its key no more
+        except RateLimited as e:
+            raise refusal_of(e) from None
         if port not in (ENVD_PORT, INTERPRETER_PORT):
             return refused(Refusal(502, f"The sandbox is running but port is not open: {port}"))
         try:

@@ -14,6 +14,7 @@ from urllib.parse import parse_qs
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from fumehood.gateway.limits import Limits
 from fumehood.service import Service
 
 from .control import PREFIXES, Authenticate, Control
@@ -24,9 +25,11 @@ _HEARD_BYTES, _HEARD_S = 1 << 20, 1.0
 _SANDBOX_ID = re.compile(r"[a-z0-9]{1,64}\Z")
 
 
-def route(app: ASGIApp, service: Service, authenticate: Authenticate) -> ASGIApp:
-    """`app`, with E2B's requests taken out before they reach it. To be placed inside the limits of size and rate."""
-    plane, control = Plane(service), Control(service, authenticate)
+def route(app: ASGIApp, service: Service, authenticate: Authenticate, limits: Limits) -> ASGIApp:
+    """`app`, with E2B's requests taken out before they reach it. To be placed inside the limit of size. What a sandbox's own
+    token opens counts against the `limits` of the key that made it.
+    """
+    plane, control = Plane(service, limits), Control(service, authenticate)
 
     async def routed(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
