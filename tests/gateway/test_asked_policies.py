@@ -17,7 +17,7 @@ LOOSER: dict[str, dict[str, Any]] = {
     "modules that run as the server": {"template": {"name": "x", "preload": ["antigravity"]}},
     "a system call filter of its own": {"seccomp": {"defaultAction": "SCMP_ACT_ALLOW", "syscalls": []}},
 }
-CEILINGS = {"pids": 4_097, "output_bytes": (64 << 20) + 1, "output_kill_bytes": (16 << 30) + 1, "open_files": 65_537}
+CEILINGS = {"pids": 4_097, "output_bytes": (16 << 20) + 1, "output_kill_bytes": (16 << 30) + 1, "open_files": 65_537}
 PATHS = ("/etc/passwd", "./x.toml", "../../../../etc/passwd", "x.toml", "/dev/stdin", "/proc/self/environ")
 
 

@@ -20,7 +20,7 @@ from fumehood.errors import Forbidden, FumehoodError, InvalidInput, PolicyError
 from fumehood.model import GIB, MIB, FileRules, Limits, SandboxSpec, Template
 from fumehood.policy.load import preset_names
 from fumehood.policy.resolve import TEMPLATES
-from fumehood.service.asks import CEILINGS, Asks, CreateAsk, kind_of
+from fumehood.service.asks import CEILINGS, MAX_METADATA_CHARS, Asks, CreateAsk, kind_of
 
 pytestmark = pytest.mark.rootless
 LATE = frozenset({"cpus", "memory_bytes", "pids"})
@@ -262,3 +262,10 @@ def test_many_long_paths_are_held_against_each_other_before_others_wait_for_it()
     spec, _ = SERVER.resolve(ME, CreateAsk(policy={"files": files}))
     assert time.process_time() - begun < WITHIN_S
     assert all(len(getattr(spec.files, kind)) >= 256 for kind in kinds)
+
+
+def test_metadata_has_a_bound_in_all_for_a_page_lists_that_of_a_thousand_sandboxes() -> None:
+    SERVER.resolve(ME, CreateAsk(metadata={"a" * 256: "b" * (MAX_METADATA_CHARS - 256)}))
+    for labels in ({"a" * 256: "b" * (MAX_METADATA_CHARS - 255)}, {f"k{i}": "b" * 4_096 for i in range(128)}):
+        with pytest.raises(InvalidInput, match="the metadata has"):
+            SERVER.resolve(ME, CreateAsk(metadata=labels))

@@ -20,11 +20,12 @@ PolicyAsk = str | Mapping[str, Any] | None
 # What one sandbox of a caller who is no admin may ask for at most. What is missing here is bounded by the admission
 # (memory and swap, and with them the disk, which is memory) or harms nobody but its own sandbox. Output is held by the server.
 CEILINGS: Mapping[str, float] = {
-    "pids": 4_096, "output_bytes": 64 * MIB, "output_kill_bytes": 16 * GIB, "open_files": 65_536,
+    "pids": 4_096, "output_bytes": 16 * MIB, "output_kill_bytes": 16 * GIB, "open_files": 65_536,
     "cpu_weight": 100,  # what everybody has: more would be taken from the neighbours
 }  # fmt: skip
 
 MAX_VALUES = 8_192  # of a policy, nested ones too
+MAX_METADATA_CHARS = 16_384
 _NO_FILES = "a server opens no files for its callers"
 
 
@@ -88,6 +89,7 @@ class Asks:
             spec = resolve(_safe(caller, ask.policy), overrides=_laid_over(ask.limits), template=ask.template)
             kind = kind_of(spec, tier, self._late_limits(tier))
         _within(caller, spec.limits, self._config)
+        _check_labels(ask.metadata)
         return (replace(spec, env={**spec.env, **Policy(env=dict(ask.env)).env}) if ask.env else spec), kind
 
     def lease_s(self, ask: CreateAsk, spec: SandboxSpec) -> float:
@@ -166,6 +168,15 @@ def _check_size(policy: Mapping[str, Any]) -> None:
             waiting += value.values() if isinstance(value, Mapping) else value  # pyright: ignore[reportUnknownMemberType]
     if n_values > MAX_VALUES:
         raise PolicyError("the policy is too large", cause=f"it has over {MAX_VALUES} values", remediation="send a smaller one")
+
+
+def _check_labels(metadata: Mapping[str, str]) -> None:
+    if (size := sum(len(name) + len(value) for name, value in metadata.items())) > MAX_METADATA_CHARS:
+        raise InvalidInput(
+            f"the metadata has {size} characters",
+            cause=f"at most {MAX_METADATA_CHARS} are kept, for they are listed a thousand sandboxes at once",
+            remediation="keep what is large elsewhere, under the sandbox's id",
+        )
 
 
 def _within(caller: Caller, limits: Limits, config: Config) -> None:
