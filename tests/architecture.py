@@ -71,6 +71,10 @@ ROOMS: Mapping[str, tuple[tuple[str, ...], str]] = {
         (*NOUNS, "config", "policy", "client", "cli", "demo", "gateway", "mcp", "service", "store"),
         "verbs of the command line are thin over the client; serve starts the gateway, keys opens the store",
     ),
+    "cli.image": (
+        (*NOUNS, "config", "cli", "runtime.microvm"),
+        "it makes what microVMs start from, on this host: no sandbox and no server is involved",
+    ),
     "__main__": (("cli",), "the command line by its other name"),
     "__init__": (("client.sandbox", "errors", "model", "policy.rules"), "the package shows public names, lazily"),
 }  # fmt: skip

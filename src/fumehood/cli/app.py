@@ -8,7 +8,7 @@ from typing import Annotated, cast
 import typer
 
 from fumehood import __version__
-from fumehood.cli import cp, demo, doctor, exec, exits, keys, logs, mcp, pool, run, sandboxes, serve, shell, top
+from fumehood.cli import cp, demo, doctor, exec, exits, image, keys, logs, mcp, pool, run, sandboxes, serve, shell, top
 
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # of click, or of the copy that typer brings
 app = typer.Typer(
@@ -23,6 +23,7 @@ app.add_typer(demo.app, name="demo")
 app.command(name="serve")(serve.serve)
 app.command(name="mcp")(mcp.mcp)
 app.add_typer(keys.app, name="keys")
+app.add_typer(image.app, name="image")
 for _name, _verb in {
     "create": sandboxes.create,
     "ps": sandboxes.ps,

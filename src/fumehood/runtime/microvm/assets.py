@@ -133,7 +133,8 @@ class Assets:
 
 def _unusable(kind: str, name: str, directory: Path, cause: str) -> SetupFailed:
     how = _MAKE_WITH[kind].format(name=name, directory=directory)
-    return SetupFailed(f"the microVM {kind.removesuffix('s')} {name!r} can't be used", cause=cause, remediation=f"run: {how}")
+    what = f"the microVM {kind.removesuffix('s')} {name!r} can't be used"
+    return SetupFailed(what, cause=cause, remediation=f"run: {how}", name=name)
 
 
 def _check_space(directory: Path, need_bytes: int) -> None:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import fumehood.agent
-from fumehood.agent import serve, wire
+from fumehood.agent import wire
 from fumehood.errors import SetupFailed
 from fumehood.runtime.microvm import ext4, rootfs
 from fumehood.runtime.microvm.assets import Assets, Facts, Manifest
@@ -29,20 +29,7 @@ _NEED_BYTES = 2 << 30  # the tree, its image and a margin
 _AGENT = Path(fumehood.agent.__file__).parent
 _INIT = Path(__file__).with_name("guest") / "init"
 _PYTHONS = (f"{rootfs.VENV}/bin/python3", "usr/local/bin/python3", "usr/bin/python3", "usr/bin/python3.11", "bin/python3")
-_DIRECTORIES = (
-    "dev",
-    "etc",
-    "home/user",
-    "opt/fumehood/fumehood",
-    "proc",
-    "root",
-    "run",
-    "sbin",
-    "sys",
-    "tmp",
-    "usr/bin",
-    "var",
-)
+_DIRECTORIES = ("dev", "etc", "home/user", "opt/fumehood", "proc", "root", "run", "sbin", "sys", "tmp", "usr/bin")
 _ETC = {
     "passwd": "root:x:0:0:root:/root:/usr/sbin/nologin\nuser:x:1000:1000::/home/user:/bin/bash\n"
     "nobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\n",
@@ -57,6 +44,8 @@ _RENEWED = ("hostname", "machine-id")
 
 def build_image(assets: Assets, name: str, fill: Fill | None = None, step: Step = lambda text, done, total: None) -> Manifest:
     """Makes and publishes the image `name`; `fill` None = the one of IMAGES. The same inputs make the same bytes.
+
+    facts: python (its version, or empty), generation, agent (digest).
 
     Raises SetupFailed for what is missing on this host and CapacityExceeded when the disk is too full.
     """
@@ -79,23 +68,48 @@ def build_image(assets: Assets, name: str, fill: Fill | None = None, step: Step 
 
 
 def finish(root: Path, step: Step) -> Facts:
-    """What makes a root file system a guest: the agent, init, accounts, mount points, byte code."""
+    """What makes a root file system a guest: the agent, init, accounts, mount points, byte code.
+
+    Raises SetupFailed when a link in it leads what is written out of it.
+    """
     for directory in _DIRECTORIES:
-        (root / directory).mkdir(parents=True, exist_ok=True)
+        _place(root, f"{directory}/any")
     python = _python(root)
-    _add_agent(root / "opt/fumehood/fumehood")
-    _write(root / "sbin/init", _INIT.read_text().replace("@PYTHON@", f"/{python}"), 0o755)
+    _add_agent(_place(root, "opt/fumehood/fumehood"))
+    _write(_place(root, "sbin/init"), _INIT.read_text().replace("@PYTHON@", f"/{python}"), 0o755)
     for name, text in _ETC.items():
-        _write(root / "etc" / name, text, 0o644)
+        _write(_place(root, f"etc/{name}"), text, 0o644)
     for name in _RENEWED:
-        _link(root / "etc" / name, f"/run/{name}")
-    _link(root / "var/tmp", "/tmp")
-    (root / "home/user").chmod(0o755)
+        _link(_place(root, f"etc/{name}"), f"/run/{name}")
+    _link(_place(root, "var/tmp"), "/tmp")
     version = _version(root, python)
     if version == f"{sys.version_info.major}.{sys.version_info.minor}":
         step("compiling byte code", 0, 1)
-        _compile(root)
-    return {"python": version, "agent": serve.VERSION, "generation": wire.GENERATION}
+        rootfs.compile_code(root, "opt/fumehood")
+    return {"python": version, "generation": wire.GENERATION, "agent": agent_digest()}
+
+
+def _place(root: Path, name: str) -> Path:
+    """Where `name` is written; its directory is made."""
+    directory = root
+    for part in Path(name).parent.parts:
+        directory /= part
+        if not directory.resolve().is_relative_to(root.resolve()):
+            raise SetupFailed(
+                "the root file system can't be used",
+                cause=f"its {directory.relative_to(root)} is a link that leads out of it",
+                remediation="make that link a relative one",
+            )
+        directory.mkdir(exist_ok=True)
+    return directory / Path(name).name
+
+
+def agent_digest() -> str:
+    """Of the agent's code: an image with another one has to be made again."""
+    digest = hashlib.sha256(_INIT.read_bytes())
+    for path in sorted(p for p in _AGENT.rglob("*") if p.is_file() and "__pycache__" not in p.parts):
+        digest.update(path.relative_to(_AGENT).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
 
 
 def _python(root: Path) -> str:
@@ -118,7 +132,10 @@ def _version(root: Path, python: str) -> str:
 
 
 def _add_agent(package: Path) -> None:
-    shutil.copytree(_AGENT, package / "agent", ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
+    if package.is_symlink() or package.exists():
+        raise SetupFailed("the root file system can't be used", cause="it has a /opt/fumehood/fumehood of its own")
+    package.mkdir()
+    shutil.copytree(_AGENT, package / "agent", ignore=shutil.ignore_patterns("__pycache__"))
     _write(package / "__init__.py", "", 0o644)  # the package's own is the client
     for path in (package / "agent", *(package / "agent").rglob("*")):
         path.chmod(0o755 if path.is_dir() else 0o644)
@@ -135,16 +152,3 @@ def _link(path: Path, target: str) -> None:
         shutil.rmtree(path)
     path.unlink(missing_ok=True)
     path.symlink_to(target)
-
-
-def _compile(root: Path) -> None:
-    """A process of its own with a fixed hash seed: the order of a set's constants is written into byte code.
-
-    unchecked-hash, since all times in the image are the same and nothing in it ever changes.
-    """
-    code = [sys.executable, "-s", "-m", "compileall", "-q", "--invalidation-mode", "unchecked-hash", "-s", str(root), "-p", "/"]
-    places = [p for p in (root / "usr/lib", root / "usr/local/lib", root / "opt") if p.is_dir()]
-    # Some files of the standard library and of packages are not meant to compile; the rest is compiled all the same.
-    subprocess.run(
-        [*code, *map(str, places)], env={"PYTHONHASHSEED": "0"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )

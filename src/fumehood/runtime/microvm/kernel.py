@@ -98,7 +98,7 @@ PROFILES: Mapping[str, Profile] = {
 def build_kernel(assets: Assets, name: str, step: Step = lambda text, done, total: None, jobs: int = 0) -> Manifest:
     """Makes and publishes the kernel of profile `name`; `jobs` compilers at once, 0 = one for each CPU.
 
-    facts: version, source, config (digest of all that went in), boot_args. Raises InvalidInput for another profile,
+    facts: version, source, inputs, boot_args. Raises InvalidInput for another profile,
     SetupFailed for what is missing on this host or does not fit the source, CapacityExceeded when the disk is too full.
     """
     if name not in PROFILES:
@@ -107,11 +107,19 @@ def build_kernel(assets: Assets, name: str, step: Step = lambda text, done, tota
 
     def make(directory: Path) -> Facts:
         if not profile.fragments:
-            return {"boot_args": profile.boot_args, **stock.make(directory, step)}
+            return {"boot_args": profile.boot_args, "inputs": inputs(name), **stock.make(directory, step)}
         with tempfile.TemporaryDirectory(prefix=".linux-", dir=directory) as scratch:
-            return _compile(profile, Path(scratch), directory, step, jobs or os.cpu_count() or 1)
+            facts = _compile(profile, Path(scratch), directory, step, jobs or os.cpu_count() or 1)
+        return {"inputs": inputs(name), **facts}
 
     return assets.publish("kernels", name, make, _NEED_BYTES)
+
+
+def inputs(name: str) -> str:
+    """A digest of what this version of fumehood puts into that kernel: another one calls for a new build."""
+    profile = PROFILES[name]
+    texts = [(_GUEST / fragment).read_text() for fragment in profile.fragments] or [(_GUEST / "stock-init").read_text()]
+    return hashlib.sha256(repr((texts, profile.edits)).encode()).hexdigest()
 
 
 def _compile(profile: Profile, tree: Path, directory: Path, step: Step, jobs: int) -> Facts:
@@ -125,9 +133,8 @@ def _compile(profile: Profile, tree: Path, directory: Path, step: Step, jobs: in
         shutil.copyfile(tree / place, directory / name)
     if VMLINUX in profile.files:
         _run(["strip", str(directory / VMLINUX)], tree)
-    config = hashlib.sha256((tree / ".config").read_bytes() + repr(profile.edits).encode()).hexdigest()
     version = _run(["make", "-s", "kernelrelease"], tree).strip()
-    return {"version": version, "source": source, "config": config, "boot_args": profile.boot_args}
+    return {"version": version, "source": source, "boot_args": profile.boot_args}
 
 
 def _check_tools() -> None:
