@@ -8,6 +8,7 @@ import logging
 import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,9 @@ class Office:
 
     async def the_record(self, status: str) -> ExecutionRecord:
         """The only one; it is done, it was told of once, and nothing of it is left here."""
-        (record,) = await self.records()
+        (listed,) = await self.records()
+        record = await self.store.execution(None, listed.id)
+        assert record is not None and replace(record, result="") == listed
         assert (record.state, record.status) == ("done", status)
         assert [told.status for told in self.told] == [status]
         assert len(self.executions) == 0 and "one" not in self.queue.snapshot()["held"]

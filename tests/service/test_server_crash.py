@@ -154,7 +154,8 @@ async def records(home: Path) -> list[ExecutionRecord]:
             page = await store.executions(None, after=page[-1].id, limit=1000)
             found = found + page
         assert {r.state for r in await store.sandboxes(None, limit=1000)} == {"stopped"}
-        return found
+        whole = [await store.execution(None, record.id) for record in found]
+        return [record for record in whole if record is not None]
     finally:
         await store.aclose()
 
