@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import time
 
 import httpx
 import pytest
-from callers import client, eventually, new_key, problem, socket
-from websockets.exceptions import InvalidStatus
+from callers import WAIT_S, client, eventually, new_key, problem, socket
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from http_server import Serving
 
@@ -69,6 +70,25 @@ def test_a_revoked_key_is_refused_within_two_seconds(server: Serving, admin: htt
         assert admin.delete(f"/v1/keys/{key['id']}").status_code == 204
         eventually(lambda: http.get("/v1/whoami").status_code == 401, REVOKED_S)
     problem(admin.delete(f"/v1/keys/{key['id']}"), 404, "not_found")
+
+
+def test_what_a_revoked_key_has_open_is_closed(server: Serving, admin: httpx.Client) -> None:
+    key = new_key(admin, "alice")
+    with client(server, key["api_key"]) as http:
+        box = f"/v1/sandboxes/{http.post('/v1/sandboxes', json={}).raise_for_status().json()['id']}"
+        with socket(http, f"{box}/processes") as shell, http.stream("GET", "/v1/events") as stream:
+            shell.send(json.dumps({"argv": ["/bin/cat"], "stdin": True}))
+            assert "started" in str(shell.recv(WAIT_S))
+            heard = stream.iter_lines()
+            assert next(heard) == ": listening"
+            admin.delete(f"/v1/keys/{key['id']}").raise_for_status()
+            with pytest.raises(ConnectionClosed) as closed:
+                shell.recv(WAIT_S)
+            assert closed.value.rcvd is not None and closed.value.rcvd.code == 1008
+            with pytest.raises(httpx.RemoteProtocolError):
+                list(heard)
+    with client(server, new_key(admin, "alice")["api_key"]) as http:
+        http.delete(box).raise_for_status()
 
 
 @pytest.mark.parametrize(("method", "path"), ADMIN_ONLY)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import re
@@ -56,6 +57,15 @@ class Authenticator:
         tickets = connection.scope["fumehood.tickets"]
         self.limits.take(caller, tickets)
         return caller
+
+    async def until_revoked(self, caller: Caller) -> None:
+        """For what goes on as long as its client likes. Never returns for keys that are kept nowhere."""
+        while caller is LOCAL or await self._is_valid(caller.key_id):  # noqa: ASYNC110
+            await asyncio.sleep(_FRESH_S)  # another process may revoke it, and tells nobody
+
+    async def _is_valid(self, key_id: str) -> bool:
+        key = await self._look_up(key_id)
+        return key is not None and key.revoked_at is None
 
     async def _caller(self, headers: Mapping[str, str]) -> Caller:
         if self._open_here:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import re
 import secrets
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
+from typing import Protocol
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import HTTPConnection
@@ -24,6 +27,7 @@ _READ_ON_BYTES = 64 << 20  # of a body that is refused: its sender gets to read 
 _OPEN = frozenset({"/healthz", "/readyz", "/openapi.json"})
 _SIGNED = "/v1/signed/"
 _PUT_STREAMS = ("/files", "/stdin")
+_LASTING = frozenset({"/v1/events"})  # and WebSockets: what outlives the moment in which its key was looked at
 _POSTED_STREAMS = ("/files", "/process.Process/StreamInput")
 
 
@@ -124,13 +128,39 @@ def _too_large(cap: int) -> InvalidInput:
     )
 
 
-def locked(app: ASGIApp, authenticate: Callable[[HTTPConnection], Awaitable[Caller]]) -> ASGIApp:
+class Lock(Protocol):
+    async def __call__(self, connection: HTTPConnection) -> Caller: ...
+    async def until_revoked(self, caller: Caller) -> None: ...
+
+
+def locked(app: ASGIApp, authenticate: Lock) -> ASGIApp:
     """`app`, for callers with a key only: before its path is looked at, so that who has none learns nothing of it."""
 
     async def behind_lock(scope: Scope, receive: Receive, send: Send) -> None:
         path: str = scope["path"]
-        if path not in _OPEN and not path.startswith(_SIGNED):
-            scope["fumehood.caller"] = await authenticate(HTTPConnection(scope))
-        await app(scope, receive, send)
+        if path in _OPEN or path.startswith(_SIGNED):
+            return await app(scope, receive, send)
+        scope["fumehood.caller"] = caller = await authenticate(HTTPConnection(scope))
+        if scope["type"] == "http" and path not in _LASTING:
+            return await app(scope, receive, send)
+        if await _broken_off(app(scope, receive, send), authenticate.until_revoked(caller)) and scope["type"] == "websocket":
+            with contextlib.suppress(RuntimeError):  # its client may have closed it
+                await send({"type": "websocket.close", "code": 1008})
 
     return behind_lock
+
+
+async def _broken_off(work: Awaitable[None], until: Awaitable[None]) -> bool:
+    """Whether `work` had to be cancelled, because `until` was over."""
+    working, over = asyncio.ensure_future(work), asyncio.ensure_future(until)
+    try:
+        await asyncio.wait({working, over}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        working.cancel()
+        over.cancel()
+        await asyncio.wait({working, over})
+    if not working.cancelled():
+        working.result()
+        return False
+    over.result()
+    return True
