@@ -203,6 +203,6 @@ def _own(directory: Path, uid: int) -> None:
             str(directory), e.strerror or str(e), "choose another with FUMEHOOD_STATE_DIR or FUMEHOOD_RUN_DIR"
         ) from None
     if not stat.S_ISDIR(status.st_mode):
-        raise _wrong(str(directory), "not a directory (symlinks are refused)", "remove it, or choose another")
+        raise _wrong(str(directory), "not a directory (symlinks are refused)", "choose another")
     if status.st_uid != uid or status.st_mode & 0o077:
-        raise _wrong(str(directory), f"it must belong to uid {uid} with mode 0700", "remove it, or choose another")
+        raise _wrong(str(directory), f"it must belong to uid {uid} with mode 0700", "choose another, or be its owner")

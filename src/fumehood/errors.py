@@ -42,6 +42,8 @@ class FumehoodError(Exception):
         self.cause = cause
         self.remediation = remediation
         self.details = details
+        if remediation:
+            self.add_note(f"help: {remediation}")  # for tracebacks, which show str() and notes
 
     def __str__(self) -> str:
         return f"{self.message}: {self.cause}" if self.cause else self.message

@@ -228,6 +228,11 @@ def test_a_terminal_has_a_size_and_can_be_resized(box: Sandbox) -> None:
     assert b"30 90" in seen and b"40 100" in seen
 
 
+def test_a_program_finds_the_packages_that_code_finds(box: Sandbox) -> None:
+    found = box.run("import IPython; IPython.__version__").text
+    assert found and box.exec("python -c 'import IPython; print(repr(IPython.__version__))'").stdout.strip() == found
+
+
 def test_pause_stops_the_code_and_resume_continues_it(box: Sandbox) -> None:
     ticker = box.start(["bash", "-c", "while :; do echo >> ~/n; sleep 0.01; done"])
     time.sleep(0.3)

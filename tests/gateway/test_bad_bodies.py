@@ -108,7 +108,9 @@ def test_a_refusal_shows_no_value_that_was_sent(alice: httpx.Client, box: str) -
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", ""])
 def test_a_body_of_another_type_is_a_typed_problem(alice: httpx.Client, box: str, kind: str) -> None:
-    refused(alice.post(f"{box}/executions", content=b'{"code": "1"}', headers={"content-type": kind}), 415, 422)
+    answer = alice.post(f"{box}/executions", content=b'{"code": "1"}', headers={"content-type": kind})
+    refused(answer, 415, 422)
+    assert "Content-Type" in answer.json()["cause"]
 
 
 @pytest.mark.parametrize("chunked", [False, True])

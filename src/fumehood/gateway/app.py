@@ -70,10 +70,11 @@ async def _problem(request: Request, error: Exception) -> Response:
 async def _invalid(request: Request, error: Exception) -> Response:
     """What was wrong where, without the values: those may be secrets."""
     assert isinstance(error, RequestValidationError)
-    unparsable = any(e["type"] == "json_invalid" for e in error.errors())
-    problem = InvalidInput(
-        "the request is wrong", cause=schema.faults(error.errors()), remediation="see /openapi.json for what it takes"
-    )
+    unparsable, kind = any(e["type"] == "json_invalid" for e in error.errors()), request.headers.get("content-type", "")
+    cause = schema.faults(error.errors())
+    if "json" not in kind and any(tuple(e["loc"]) == ("body",) for e in error.errors()):  # what curl -d sends
+        cause = f"its Content-Type is {kind[:100] or 'missing'}, and must be application/json"
+    problem = InvalidInput("the request is wrong", cause=cause, remediation="see /openapi.json for what it takes")
     return problems.answer(problem, request.scope["fumehood.request_id"], 400 if unparsable else 422)
 
 

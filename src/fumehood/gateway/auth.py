@@ -126,7 +126,7 @@ def _unknown(shown: bool) -> Unauthenticated:
     return Unauthenticated(
         "no such API key" if shown else "an API key is needed",
         cause="it is unknown or revoked" if shown else "the request has no Authorization: Bearer and no X-API-Key header",
-        remediation="make one with fumehood keys create, and set FUMEHOOD_API_KEY",
+        remediation="make one with fumehood keys create, as the server's user; set FUMEHOOD_API_KEY or E2B_API_KEY",
     )
 
 

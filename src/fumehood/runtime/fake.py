@@ -161,7 +161,7 @@ def _start_keeper(channel_fd: int, home: str) -> subprocess.Popen[bytes]:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         cwd=home,
-        env={"PATH": os.defpath, "HOME": home, "LANG": "C.UTF-8"},
+        env={"PATH": f"{Path(sys.executable).parent}:{os.defpath}", "HOME": home, "LANG": "C.UTF-8"},
         pass_fds=(channel_fd,),
         start_new_session=True,  # Ctrl-C at the caller's terminal is the caller's
     )

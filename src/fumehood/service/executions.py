@@ -49,7 +49,7 @@ class Running:
     work: Work
     waited_ms: float = 0.0  # before it was begun here
     task: asyncio.Task[Result] | None = None
-    cancelled: bool = False  # by its id: then the caller gets a result that says so
+    cancelled: str = ""  # why, when it was cancelled from here: then the caller gets a result that says so
     is_over: bool = False
     started_at: float | None = None
 
@@ -96,12 +96,12 @@ class Executions:
             await asyncio.wait({running.task})  # a second cancellation ends this, not the writing
             raise
 
-    def cancel(self, tenant: str, execution_id: str) -> bool:
+    def cancel(self, tenant: str, execution_id: str, cause: str = "cancelled by its id") -> bool:
         """False when it is not alive (here) or has ended; its record then says how."""
         running = self._alive.get(execution_id)
         if running is None or running.record.tenant != tenant or running.is_over:
             return False
-        running.cancelled = True
+        running.cancelled = cause
         # Not at once: a task that is cancelled before its first step never gets to write how it ended.
         asyncio.get_running_loop().call_soon(running.stop)
         return True
@@ -114,7 +114,7 @@ class Executions:
         """Cancels what still runs, and returns when every record says so."""
         tasks = {running.task for running in self._alive.values() if running.task is not None}
         for running in list(self._alive.values()):
-            self.cancel(running.record.tenant, running.record.id)
+            self.cancel(running.record.tenant, running.record.id, "the server was stopped")
         if tasks:
             await asyncio.wait(tasks)
 
@@ -129,7 +129,7 @@ class Executions:
             await self._finish(running, Result(status, str(e), sandbox_id=running.record.sandbox_id))
             raise
         except asyncio.CancelledError:
-            cause = "cancelled by its id" if running.cancelled else "its caller went away"
+            cause = running.cancelled or "its caller went away"
             result = Result("cancelled", cause, sandbox_id=running.record.sandbox_id)
             await self._finish(running, result)
             if not running.cancelled:

@@ -86,5 +86,7 @@ def main(control_fd: int) -> None:
         os._exit(1)
     control.send(json.dumps({"built": True}).encode())
     os.set_inheritable(control_fd, True)
-    env = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": root.HOME, "LANG": "C.UTF-8"}
+    # The template's own Python first: a program finds the packages that code in a context finds.
+    path = dict.fromkeys((os.path.dirname(python), "/usr/local/bin", "/usr/bin", "/bin"))
+    env = {"PATH": ":".join(path), "HOME": root.HOME, "LANG": "C.UTF-8"}
     os.execve(python, command(python, f"{root.SUPPORT}/lib", "zygote", control_fd), env)
