@@ -102,7 +102,7 @@ class SerialHost:
     def confess(self, failed: dict[str, Any]) -> None:
         self._port.setblocking(True)
         greet = wire.Decoder().feed(self._port.recv(1 << 16))[0].json().get("greet")
-        self._port.send(wire.encode_json(0, wire.HELLO, {**failed, "greet": greet}))
+        self._port.send(wire.encode_json(0, wire.HELLO, {"greet": greet, **failed}))
         self._port.recv(1)
 
     def _look(self, agent: Agent) -> None:

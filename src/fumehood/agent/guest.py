@@ -40,20 +40,26 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def main() -> NoReturn:
-    """When a step fails the host hears which; then the machine ends, since the kernel panics without a PID 1."""
-    step = ""
+    """When a step fails the host hears which. A PID 1 that ends is a kernel panic, which ends the machine."""
+    host, step = None, ""
     try:
         for name, action in _STEPS.items():
             step = name
             action()
+        step = "channel"
+        host = find()
+        step = "agent"
+        agent = prepare(host)
     except BaseException as e:
         traceback.print_exc()
         failed = {"step": step, "errno": getattr(e, "errno", None), "message": f"{type(e).__name__}: {e}"[:2000]}
-        find().confess({"setup_failed": failed})
+        (host or find()).confess({"setup_failed": failed})
+        os._exit(1)
+    agent.run()
     os._exit(1)
 
 
-def run(host: Host) -> None:
+def prepare(host: Host) -> Agent:
     options = boot.command_line()
     machine = Machine()
     os.environ.clear()
@@ -68,7 +74,7 @@ def run(host: Host) -> None:
     for language in _list(options, "prestart"):
         agent.contexts.awake(agent.contexts.default(language))
     host.attach_to(agent)
-    agent.run()
+    return agent
 
 
 def _list(options: Mapping[str, str], name: str) -> tuple[str, ...]:
@@ -87,7 +93,6 @@ _STEPS: Mapping[str, Callable[[], object]] = {
     "loopback": boot.loopback,
     "switches": boot.switches,
     "cgroup": make_group,
-    "agent": lambda: run(find()),
 }
 
 

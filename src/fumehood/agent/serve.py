@@ -105,8 +105,9 @@ class Agent:
 
     def greet(self, token: str | None = None) -> None:
         """Say HELLO to the host that is attached; `token` is what it asked with."""
-        hello = {"generation": wire.GENERATION, "agent": VERSION, "python": platform.python_version()}
-        hello |= {"languages": languages(), **({} if token is None else {"greet": token})}
+        hello: dict[str, Any] = {} if token is None else {"greet": token}  # first, so that it can be found among rubbish
+        hello |= {"generation": wire.GENERATION, "agent": VERSION, "python": platform.python_version()}
+        hello["languages"] = languages()
         self.loop.send(wire.encode_json(0, wire.HELLO, hello))
 
     def run(self) -> None:

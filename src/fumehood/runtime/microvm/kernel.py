@@ -84,6 +84,7 @@ class Profile:
     edits: tuple[Edit, ...]
     boot_args: str
     files: Mapping[str, str]  # name in the asset: place in the build tree
+    acpi: bool = False  # whether the machine's devices are found in ACPI tables, else on the kernel's command line
 
 
 _ELF, _COMPRESSED = {VMLINUX: "vmlinux"}, {BZIMAGE: "arch/x86/boot/bzImage"}
@@ -91,26 +92,27 @@ PROFILES: Mapping[str, Profile] = {
     # bzImage for QEMU: its decompressor is what moves the kernel (KASLR); Firecracker starts the ELF file.
     "small": Profile(("base.config",), (), _COMMON_ARGS, _ELF | _COMPRESSED),
     "pvm": Profile(("base.config", "pvm.config"), PVM_EDITS, f"{_COMMON_ARGS} {_PVM_ARGS}", _ELF),
-    "stock": Profile((), (), _COMMON_ARGS, {}),
+    "stock": Profile((), (), _COMMON_ARGS, {}, acpi=True),
 }
 
 
 def build_kernel(assets: Assets, name: str, step: Step = lambda text, done, total: None, jobs: int = 0) -> Manifest:
     """Makes and publishes the kernel of profile `name`; `jobs` compilers at once, 0 = one for each CPU.
 
-    facts: version, source, inputs, boot_args. Raises InvalidInput for another profile,
+    facts: version, source, inputs, boot_args, acpi. Raises InvalidInput for another profile,
     SetupFailed for what is missing on this host or does not fit the source, CapacityExceeded when the disk is too full.
     """
     if name not in PROFILES:
         raise InvalidInput(f"no kernel profile {name!r}", cause=f"known: {', '.join(PROFILES)}")
     profile = PROFILES[name]
 
+    known = {"inputs": inputs(name), "boot_args": profile.boot_args, "acpi": profile.acpi}
+
     def make(directory: Path) -> Facts:
         if not profile.fragments:
-            return {"boot_args": profile.boot_args, "inputs": inputs(name), **stock.make(directory, step)}
+            return {**known, **stock.make(directory, step)}
         with tempfile.TemporaryDirectory(prefix=".linux-", dir=directory) as scratch:
-            facts = _compile(profile, Path(scratch), directory, step, jobs or os.cpu_count() or 1)
-        return {"inputs": inputs(name), **facts}
+            return {**known, **_compile(profile, Path(scratch), directory, step, jobs or os.cpu_count() or 1)}
 
     return assets.publish("kernels", name, make, _NEED_BYTES)
 
@@ -134,7 +136,7 @@ def _compile(profile: Profile, tree: Path, directory: Path, step: Step, jobs: in
     if VMLINUX in profile.files:
         _run(["strip", str(directory / VMLINUX)], tree)
     version = _run(["make", "-s", "kernelrelease"], tree).strip()
-    return {"version": version, "source": source, "boot_args": profile.boot_args}
+    return {"version": version, "source": source}
 
 
 def _check_tools() -> None:
