@@ -191,7 +191,7 @@ async def test_events_are_numbered_over_all_tenants_and_a_number_is_never_used_t
         store.append_event("ab"[n % 2], "sb", f"k{n}", {})
     assert [e.seq for e in await store.events(None, 0)] == [1, 2, 3, 4, 5, 6]
     assert [(e.seq, e.kind) for e in await store.events("a", 1, limit=2)] == [(3, "k2"), (5, "k4")]
-    assert await store.prune(older_than_s=-1, max_rows=0) == 6
+    assert await store.prune(older_than_s=-1, max_rows=0, max_bytes_per_tenant=0) == 6
     store.append_event("a", "sb", "after", {})
     assert [e.seq for e in await store.events("a", 0)] == [7]
 

@@ -24,13 +24,13 @@ STEPS = st.lists(
         st.tuples(st.just("put"), NAME, TENANT, st.sampled_from(["ready", "paused", "stopped"])),
         st.tuples(st.just("end"), NAME),
         st.tuples(st.just("begin"), NAME, TENANT),
-        st.tuples(st.just("finish"), NAME),
+        st.tuples(st.just("finish"), NAME, st.sampled_from(["", "r", "rr", "é✓"])),
         st.tuples(st.just("claim"), NAME, TENANT, st.sampled_from(["d1", "d2"])),
         st.tuples(st.just("keep"), NAME, TENANT),
         st.tuples(st.just("drop"), NAME, TENANT),
         st.tuples(st.just("event"), NAME, TENANT),
         st.tuples(st.just("recover")),
-        st.tuples(st.just("prune"), st.integers(0, 12)),
+        st.tuples(st.just("prune"), st.integers(0, 12), st.integers(0, 8)),
     ),
     max_size=40,
 )
@@ -69,12 +69,12 @@ class Model:
     def begin(self, name: str, tenant: str) -> None:
         self.runs.setdefault(name, ExecutionRecord(name, "x", tenant, "code", "running", self.now))
 
-    def finish(self, name: str) -> None:
+    def finish(self, name: str, result: str) -> None:
         if name not in self.runs:
             raise NotFound("")
         if self.runs[name].state == "done":
             raise InvalidTransition("")
-        done = {"state": "done", "started_at": 0.0, "finished_at": self.now, "status": "ok", "cause": "c", "result": "r"}
+        done = {"state": "done", "started_at": 0.0, "finished_at": self.now, "status": "ok", "cause": "c", "result": result}
         self.runs[name] = replace(self.runs[name], **done)
 
     def claim(self, name: str, tenant: str, digest: str) -> IdempotentReply | None:
@@ -108,8 +108,13 @@ class Model:
             del self.replies[r.tenant, r.key]
         return Recovered(len(live), len(runs), len(pending))
 
-    def prune(self, age_s: int) -> int:
+    def prune(self, age_s: int, max_bytes: int) -> int:
         cutoff, before = self.now - age_s, self._size()
+        room = dict.fromkeys("ab", max_bytes)
+        for r in reversed(list(self.runs.values())):
+            room[r.tenant] -= len(r.result.encode())
+            if room[r.tenant] < 0:
+                self.runs[r.id] = replace(r, result="")
         self.runs = {n: r for n, r in self.runs.items() if r.state != "done" or r.finished_at >= cutoff}
         self.events = [e for e in self.events if e[0] >= cutoff]
         self.replies = {k: r for k, r in self.replies.items() if not r.status or r.created_at >= cutoff}
@@ -118,7 +123,8 @@ class Model:
         return before - self._size()
 
     def _size(self) -> int:
-        return sum(map(len, (self.boxes, self.runs, self.replies, self.events)))
+        results = [r for r in self.runs.values() if r.result]
+        return sum(map(len, (self.boxes, self.runs, self.replies, self.events, results)))
 
 
 async def real(store: Store, now: float, what: str, *args: Any) -> Any:
@@ -129,8 +135,8 @@ async def real(store: Store, now: float, what: str, *args: Any) -> Any:
             return await store.end_sandbox(name, "end")
         case "begin", (name, tenant):
             return store.begin_execution(ExecutionRecord(name, "x", tenant, "code", "running", now))
-        case "finish", (name,):
-            return await store.finish_execution(name, started_at=0.0, finished_at=now, status="ok", cause="c", result="r")
+        case "finish", (name, result):
+            return await store.finish_execution(name, started_at=0.0, finished_at=now, status="ok", cause="c", result=result)
         case "claim", (name, tenant, digest):
             return await store.claim_reply(tenant, name, digest)
         case "keep", (name, tenant):
@@ -141,8 +147,8 @@ async def real(store: Store, now: float, what: str, *args: Any) -> Any:
             return store.append_event(tenant, name, "k", {})
         case "recover", ():
             return await store.recover("re")
-        case "prune", (age_s,):
-            return await store.prune(older_than_s=age_s, max_rows=1000)
+        case "prune", (age_s, max_bytes):
+            return await store.prune(older_than_s=age_s, max_rows=1000, max_bytes_per_tenant=max_bytes)
     raise AssertionError(what)
 
 
@@ -186,20 +192,20 @@ async def test_retention_by_count_keeps_the_newest_and_everything_alive(tmp_path
         if n % 4 < 3:
             await store.finish_execution(f"ex{n}", started_at=n, finished_at=n, status="ok", cause="", result="")
     assert await store.claim_reply("a", "pending", "d") is None
-    assert await store.prune(older_than_s=1e6, max_rows=10) > 0
+    assert await store.prune(older_than_s=1e6, max_rows=10, max_bytes_per_tenant=0) > 0
     assert {e.sandbox_id for e in await store.events("a", 0)} == {f"sb{n}" for n in range(30, 40)}
     kept = {e.id: e.state for e in await store.executions("a")}
     assert kept == {f"ex{n}": "running" if n % 4 == 3 else "done" for n in range(40) if n >= 30 or n % 4 == 3}
     # a stopped sandbox stays for the sake of an execution that is not done
     assert {b.id for b in await store.sandboxes("a")} == {f"sb{n}" for n in range(40) if n >= 30 or n % 2 == 0 or n % 4 == 3}
 
-    assert await store.prune(older_than_s=-1e6, max_rows=0) > 0
+    assert await store.prune(older_than_s=-1e6, max_rows=0, max_bytes_per_tenant=0) > 0
     assert {e.state for e in await store.executions("a")} == {"running"} and await store.events("a", 0) == []
     assert {b.state for b in await store.sandboxes("a") if int(b.id[2:]) % 4 != 3} == {"ready"}
     assert (await store.claim_reply("a", "pending", "d")).status == 0
-    assert await store.prune(older_than_s=-1e6, max_rows=0) == 0
+    assert await store.prune(older_than_s=-1e6, max_rows=0, max_bytes_per_tenant=0) == 0
     with pytest.raises(InvalidInput):
-        await store.prune(older_than_s=0, max_rows=-1)
+        await store.prune(older_than_s=0, max_rows=-1, max_bytes_per_tenant=0)
     await store.aclose()
 
 
@@ -208,5 +214,5 @@ async def test_retention_of_many_rows_goes_in_slices_and_takes_them_all(tmp_path
     for n in range(2500):
         store.append_event("a", "sb", str(n), {})
         await asyncio.sleep(0)
-    assert await store.prune(older_than_s=-60, max_rows=10_000) == 2500
+    assert await store.prune(older_than_s=-60, max_rows=10_000, max_bytes_per_tenant=0) == 2500
     await store.aclose()

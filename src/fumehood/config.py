@@ -90,6 +90,12 @@ class Config:
         7 * 86_400.0, "how long ended sandboxes, their executions and events are kept", low=60, high=3650 * 86_400
     )
     retention_rows: int = _setting(1_000_000, "executions kept at most", low=100, high=1 << 40)
+    retention_bytes_per_tenant: int = _setting(
+        _GIB,
+        "results of a tenant's ended executions kept; the oldest results go first, their records stay",
+        low=1 << 20,
+        high=1 << 50,
+    )
 
     def __post_init__(self) -> None:
         check_id(self.cgroup_parent, "cgroup_parent")

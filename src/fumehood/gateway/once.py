@@ -19,7 +19,7 @@ from fumehood.store import Store
 
 _log = logging.getLogger("fumehood.gateway")
 _KEY = re.compile(r"[\x21-\x7e]{1,255}\Z")
-_KEPT_BYTES = 1 << 20
+_KEPT_BYTES = 64 << 10
 REPLAYED = "idempotent-replayed"
 
 

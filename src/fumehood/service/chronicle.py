@@ -22,15 +22,16 @@ _PRUNE_EVERY_S = 600.0
 class Chronicle:
     """Numbers the events: a listener and the store know each by the same `seq`."""
 
-    def __init__(self, store: Store, seq: int) -> None:
+    def __init__(self, store: Store, seq: int, config: Config) -> None:
         self.events = EventBus()
-        self._store, self._seq = store, seq
+        self._store, self._seq, self._config = store, seq, config
+        self._full = asyncio.Event()
         self._pruning: asyncio.Task[None] | None = None
 
     @classmethod
     async def open(cls, store: Store, config: Config) -> Self:
-        chronicle = cls(store, await store.last_seq())
-        chronicle._pruning = asyncio.create_task(chronicle._prune(config))
+        chronicle = cls(store, await store.last_seq(), config)
+        chronicle._pruning = asyncio.create_task(chronicle._prune())
         return chronicle
 
     async def aclose(self) -> None:
@@ -46,6 +47,9 @@ class Chronicle:
     def execution(self, record: ExecutionRecord) -> None:
         facts = {"execution_id": record.id, "kind": record.kind, "status": record.status, "cause": record.cause}
         self._note(record.tenant, record.sandbox_id, "execution.done", facts)
+        # Of all tenants together: no tenant passes its bound by more than this quarter before the oldest results go.
+        if 4 * self._store.unpruned_bytes > self._config.retention_bytes_per_tenant:
+            self._full.set()
 
     def _note(self, tenant: str, sandbox_id: str, kind: str, data: dict[str, Any]) -> None:
         self._seq += 1
@@ -55,10 +59,18 @@ class Chronicle:
         except FumehoodError as e:  # whoever ends a sandbox must not fail because its event can't be kept
             _log.error("an event was not kept: %s", e, extra={"sandbox_id": sandbox_id, "kind": kind})
 
-    async def _prune(self, config: Config) -> None:
+    async def _prune(self) -> None:
+        config = self._config
         while True:
+            self._full.clear()
             try:
-                await self._store.prune(older_than_s=config.retention_s, max_rows=config.retention_rows)
+                await self._store.prune(
+                    older_than_s=config.retention_s,
+                    max_rows=config.retention_rows,
+                    max_bytes_per_tenant=config.retention_bytes_per_tenant,
+                )
             except FumehoodError as e:
                 _log.error("old records could not be forgotten: %s", e)
-            await asyncio.sleep(_PRUNE_EVERY_S)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_PRUNE_EVERY_S):
+                    await self._full.wait()

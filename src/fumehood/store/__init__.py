@@ -38,6 +38,7 @@ class Store:
 
     def __init__(self, reader: Reader, writer: Writer, clock: Callable[[], float]) -> None:
         self.recovered = Recovered()
+        self.unpruned_bytes = 0  # of results, since the last prune that succeeded began
         self._reader = reader
         self._writer = writer
         self._clock = clock
@@ -140,7 +141,9 @@ class Store:
         self, execution_id: str, *, started_at: float | None, finished_at: float, status: Status, cause: str, result: str
     ) -> None:
         """Returns when it is committed. The first word wins: a second raises InvalidTransition. NotFound if it never began."""
-        await self._writer.do(changes.finish(execution_id, started_at, finished_at, status, cause, result))
+        finish = changes.finish(execution_id, started_at, finished_at, status, cause, result)
+        self.unpruned_bytes += len(result.encode())  # before it is written, so that no prune misses it
+        await self._writer.do(finish)
 
     async def execution(self, tenant: str | None, execution_id: str) -> ExecutionRecord | None:
         await self._writer.settled()
@@ -204,18 +207,30 @@ class Store:
         """End what is alive: sandboxes are stopped, executions done as `killed`, pending replies dropped. For a start."""
         return await self._writer.do(changes.recover(self._clock(), cause))
 
-    async def prune(self, *, older_than_s: float, max_rows: int) -> int:
-        """Forget what ended more than `older_than_s` ago, and the oldest executions and events above `max_rows` of each.
+    async def prune(self, *, older_than_s: float, max_rows: int, max_bytes_per_tenant: int) -> int:
+        """Forget what ended more than `older_than_s` ago, replies of more than a day, the oldest executions, events and replies
+        above `max_rows` of each, and of each tenant the oldest results above `max_bytes_per_tenant`, whose records stay.
 
-        Returns how many rows went. What is alive stays: sandboxes not stopped, executions not done, replies pending. It goes in
-        slices, so that nobody waits long behind it.
+        Returns how many rows and results went. What is alive stays: sandboxes not stopped, executions not done, replies
+        pending. It goes in slices, so that nobody waits long behind it.
         """
-        if max_rows < 0:
-            raise InvalidInput(f"max_rows = {max_rows}", cause="it counts rows", remediation="give 0 or more")
-        cutoff = self._clock() - older_than_s
+        if min(max_rows, max_bytes_per_tenant) < 0:
+            raise InvalidInput("a bound below 0", cause="it counts rows, or bytes", remediation="give 0 or more")
+        counted, self.unpruned_bytes = self.unpruned_bytes, 0
+        try:
+            return await self._prune(self._clock(), older_than_s, max_rows, max_bytes_per_tenant)
+        except BaseException:
+            self.unpruned_bytes += counted
+            raise
+
+    async def _prune(self, now: float, older_than_s: float, max_rows: int, max_bytes: int) -> int:
+        await self._writer.settled()
+        steps: list[tuple[Any, ...]] = [(changes.FORGET_RESULTS, *over) for over in await self._reader.over(max_bytes)]
+        steps += [(statement, now - older_than_s, max_rows) for statement in changes.PRUNE]
+        steps += [(changes.FORGET_REPLIES, now - min(older_than_s, changes.REPLIES_S), max_rows)]
         gone = 0
-        for statement in changes.PRUNE:
-            while slice_ := await self._do(statement, cutoff, max_rows):
+        for step in steps:
+            while slice_ := await self._do(*step):
                 gone += slice_
         return gone
 

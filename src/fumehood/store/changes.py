@@ -15,6 +15,8 @@ from fumehood.store.rows import checked, columns, insertion, pack, unpack
 from fumehood.store.writer import Work
 
 SLICE = 1000  # rows that one transaction forgets
+RESULTS_SLICE = 64  # results, of up to 8 MiB: where SQLite overwrites what it frees (as Debian's does), all of it is written
+REPLIES_S = 86_400.0  # a request is repeated soon or never
 
 _REPLACED = ", ".join(f"{f.name} = excluded.{f.name}" for f in fields(SandboxRecord) if f.name not in ("id", "tenant"))
 
@@ -25,8 +27,8 @@ PUT_SANDBOX = (
 )
 END_SANDBOX = "UPDATE sandboxes SET state = 'stopped', ended_at = ?, cause = ? WHERE id = ? AND state != 'stopped'"
 FINISH = (
-    "UPDATE executions SET state = 'done', started_at = ?, finished_at = ?, status = ?, cause = ?, result = ? "
-    "WHERE id = ? AND state != 'done'"
+    "UPDATE executions SET state = 'done', started_at = ?1, finished_at = ?2, status = ?3, cause = ?4, result = ?5, "
+    "result_bytes = length(CAST(?5 AS BLOB)) WHERE id = ?6 AND state != 'done'"
 )
 CLAIM = f"{insertion('replies', IdempotentReply)} ON CONFLICT (tenant, key) DO NOTHING"
 KEEP_REPLY = "UPDATE replies SET status = ?, body = ? WHERE tenant = ? AND key = ? AND status = 0"
@@ -51,12 +53,16 @@ def _forget(table: str, ended: str, at: str) -> str:
 PRUNE = (
     _forget("executions", "state = 'done'", "finished_at"),
     _forget("events", "TRUE", "at"),
-    _forget("replies", "status != 0", "created_at"),
     _forget(
         "sandboxes",
         "state = 'stopped' AND NOT EXISTS (SELECT 1 FROM executions AS e WHERE e.sandbox_id = sandboxes.id)",
         "ended_at",
     ),
+)
+FORGET_REPLIES = _forget("replies", "status != 0", "created_at")
+FORGET_RESULTS = (
+    "UPDATE executions SET result = '', result_bytes = 0 WHERE seq IN "
+    f"(SELECT seq FROM executions WHERE tenant = ? AND seq <= ? AND result_bytes > 0 LIMIT {RESULTS_SLICE})"
 )
 
 

@@ -60,6 +60,12 @@ class Reader:
         found = await self._select("SELECT seq FROM sqlite_sequence WHERE name = 'events'", [])
         return found[0][0] if found else 0
 
+    async def over(self, max_bytes: int) -> list[tuple[str, int]]:
+        """Each tenant whose results have more bytes together, and the `seq` up to which they must go."""
+        summed = "sum(result_bytes) OVER (PARTITION BY tenant ORDER BY seq DESC ROWS UNBOUNDED PRECEDING)"
+        kept = f"SELECT tenant, seq, {summed} AS bytes FROM executions WHERE result_bytes > 0"
+        return await self._select(f"SELECT tenant, max(seq) FROM ({kept}) WHERE bytes > ? GROUP BY tenant", [max_bytes])
+
     async def _select(self, statement: str, values: list[Any]) -> list[Any]:
         if self._closed:
             raise StoreFailed("the store is closed", cause="its server is stopping", remediation="ask a running server")

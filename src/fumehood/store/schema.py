@@ -50,6 +50,12 @@ MIGRATIONS: list[str] = [
     CREATE INDEX executions_unfinished ON executions (state) WHERE state != 'done';
     CREATE INDEX sandboxes_live ON sandboxes (state) WHERE state != 'stopped'
     """,
+    # Newest first, as they are summed: in the other direction each prune would sort them all.
+    """
+    ALTER TABLE executions ADD COLUMN result_bytes INTEGER NOT NULL DEFAULT 0;
+    UPDATE executions SET result_bytes = length(CAST(result AS BLOB)) WHERE result != '';
+    CREATE INDEX executions_by_bytes ON executions (tenant, seq DESC, result_bytes) WHERE result_bytes > 0
+    """,
 ]
 
 
