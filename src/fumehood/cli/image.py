@@ -83,7 +83,11 @@ async def _build(make: _Build, as_json: bool) -> int:
     with _progress(not as_json) as step:
         # A thread: Ctrl-C still arrives, also at the compilers and archivers, and their end is its end.
         made = await asyncio.to_thread(make, _assets(), step)
-    row: dict[str, Any] = {**_row(made.kind, made), "seconds": round(time.monotonic() - started, 1), "directory": str(made.directory)}
+    row: dict[str, Any] = {
+        **_row(made.kind, made),
+        "seconds": round(time.monotonic() - started, 1),
+        "directory": str(made.directory),
+    }
     if as_json:
         exits.print_json(row)
     else:
