@@ -64,8 +64,9 @@ async def one_shot(tenant: Tenant) -> None:
 
 async def hostile(tenant: Tenant) -> None:
     name, nonce = random.choice(list(programs.HOSTILE)), secrets.token_hex(8)
-    body = {"code": programs.hostile(name, nonce), "limits": dict(programs.HOSTILE_LIMITS)}
-    await _once(tenant, name, nonce, body, programs.HOSTILE[name].ends)
+    program = programs.HOSTILE[name]
+    limits = {**programs.HOSTILE_LIMITS, "timeout_s": program.timeout_s}
+    await _once(tenant, name, nonce, {"code": programs.hostile(name, nonce), "limits": limits}, program.ends)
 
 
 def _events(raw: bytes | bytearray) -> list[tuple[str, dict[str, Any]]]:

@@ -91,7 +91,7 @@ async def converse(said: bytes) -> None:
         async with asyncio.timeout(5):  # a hang is the failure that this is here to find
             await link.start(1)
             stream = await link.open("exec.start", argv=["x"])
-            done = await follow(link, stream, Capture(Limits(), Sinks()), 0.5, lambda cause: asyncio.sleep(0))
+            done = await follow(link, stream, "context.run", Capture(Limits(), Sinks()), 0.5, lambda cause: asyncio.sleep(0))
             done.changes(), done.number("exit_code")
     except FumehoodError:
         pass
