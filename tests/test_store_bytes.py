@@ -59,7 +59,7 @@ async def kept(store: Store, tenant: str) -> dict[str, str]:
 async def test_the_newest_results_of_each_tenant_survive_and_a_flood_takes_nothing_of_another(store: Store) -> None:
     for n in range(2 * RESULTS_SLICE + 9):
         await ran(store, f"a{n}", "a", WIDE)
-        if n % 50 == 0:
+        if n % 200 == 0:
             await ran(store, f"b{n}", "b", WIDE)
     theirs = await kept(store, "b")
     assert len(theirs) == 3

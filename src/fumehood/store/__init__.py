@@ -142,8 +142,10 @@ class Store:
     ) -> None:
         """Returns when it is committed. The first word wins: a second raises InvalidTransition. NotFound if it never began."""
         finish = changes.finish(execution_id, started_at, finished_at, status, cause, result)
-        self.unpruned_bytes += len(result.encode())  # before it is written, so that no prune misses it
-        await self._writer.do(finish)
+        try:
+            await self._writer.do(finish)
+        finally:  # once it is there: a prune that began before may have missed it
+            self.unpruned_bytes += len(result.encode())
 
     async def execution(self, tenant: str | None, execution_id: str) -> ExecutionRecord | None:
         await self._writer.settled()
@@ -224,14 +226,22 @@ class Store:
             raise
 
     async def _prune(self, now: float, older_than_s: float, max_rows: int, max_bytes: int) -> int:
-        await self._writer.settled()
-        steps: list[tuple[Any, ...]] = [(changes.FORGET_RESULTS, *over) for over in await self._reader.over(max_bytes)]
-        steps += [(statement, now - older_than_s, max_rows) for statement in changes.PRUNE]
-        steps += [(changes.FORGET_REPLIES, now - min(older_than_s, changes.REPLIES_S), max_rows)]
+        over = await self._reader.over(max_bytes)
+        cutoff, replies_cutoff = now - older_than_s, now - min(older_than_s, changes.REPLIES_S)
+        # At once: one after the other each would wait behind a round of new results, and the bound would not hold meanwhile.
+        gone = await asyncio.gather(
+            *(self._slices(changes.FORGET_RESULTS, *tenant_and_seq) for tenant_and_seq in over),
+            self._slices(changes.FORGET_EXECUTIONS, cutoff, max_rows),
+            self._slices(changes.FORGET_EVENTS, cutoff, max_rows),
+            self._slices(changes.FORGET_REPLIES, replies_cutoff, max_rows),
+        )
+        # A sandbox goes after the last of its executions.
+        return sum(gone) + await self._slices(changes.FORGET_SANDBOXES, cutoff, max_rows)
+
+    async def _slices(self, statement: str, *values: Any) -> int:
         gone = 0
-        for step in steps:
-            while slice_ := await self._do(*step):
-                gone += slice_
+        while slice_ := await self._do(statement, *values):
+            gone += slice_
         return gone
 
     async def _do(self, statement: str, *values: Any) -> int:

@@ -15,7 +15,9 @@ from fumehood.store.rows import checked, columns, insertion, pack, unpack
 from fumehood.store.writer import Work
 
 SLICE = 1000  # rows that one transaction forgets
-RESULTS_SLICE = 64  # results, of up to 8 MiB: where SQLite overwrites what it frees (as Debian's does), all of it is written
+# Results, of up to 8 MiB, and all of it is written where SQLite overwrites what it frees (as Debian's does). Never fewer than
+# are written meanwhile, or a flood outruns it.
+RESULTS_SLICE = 256
 REPLIES_S = 86_400.0  # a request is repeated soon or never
 
 _REPLACED = ", ".join(f"{f.name} = excluded.{f.name}" for f in fields(SandboxRecord) if f.name not in ("id", "tenant"))
@@ -49,15 +51,12 @@ def _forget(table: str, ended: str, at: str) -> str:
     return f"DELETE FROM {table} WHERE rowid IN (SELECT rowid FROM {table} WHERE {ended} AND {aged} LIMIT {SLICE})"
 
 
-# A sandbox goes after the last of its executions.
-PRUNE = (
-    _forget("executions", "state = 'done'", "finished_at"),
-    _forget("events", "TRUE", "at"),
-    _forget(
-        "sandboxes",
-        "state = 'stopped' AND NOT EXISTS (SELECT 1 FROM executions AS e WHERE e.sandbox_id = sandboxes.id)",
-        "ended_at",
-    ),
+FORGET_EXECUTIONS = _forget("executions", "state = 'done'", "finished_at")
+FORGET_EVENTS = _forget("events", "TRUE", "at")
+FORGET_SANDBOXES = _forget(
+    "sandboxes",
+    "state = 'stopped' AND NOT EXISTS (SELECT 1 FROM executions AS e WHERE e.sandbox_id = sandboxes.id)",
+    "ended_at",
 )
 FORGET_REPLIES = _forget("replies", "status != 0", "created_at")
 FORGET_RESULTS = (
