@@ -121,7 +121,7 @@ class Service:
         *,
         execution_id: str | None = None,
     ) -> Result:
-        """A sandbox for this one execution. It ends with it; its caller does not wait for that, its place is held until then."""
+        """A sandbox for this one execution. It ends with it; its caller does not wait for that, but its place is held."""
         wait = self._admission.wait(caller, ask.priority, ask.wait_s).within(request.timeout_s)
         lease, turn = await self._create(caller, replace(ask, on_expiry="kill", lease_s=None), wait, runs=True)
         try:
