@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -91,3 +93,9 @@ def test_every_public_function_says_what_it_takes_and_gives(path):
     plain = [f for f in functions if "property" not in [getattr(d, "id", "") for d in f.decorator_list]]
     bare = [f"{path}:{f.lineno}: {f.name}" for f in plain if not f.name.startswith("_") and f.name not in described]
     assert not bare, "no docstring:\n" + "\n".join(bare)
+
+
+def test_every_test_file_has_a_name_of_its_own():
+    """pytest imports them as top-level modules, so that a second one of a name stops the whole run."""
+    names = Counter(path.name for path in Path(__file__).parent.rglob("*.py") if path.name != "conftest.py")
+    assert [name for name, n in names.items() if n > 1] == []

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import dataclasses
 import os
 import re
 import sys
+from collections.abc import AsyncGenerator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -16,7 +18,7 @@ import typer
 
 from fumehood.cli import exits, files, profiles, reach, show
 from fumehood.cli.reach import KeyOption, UrlOption
-from fumehood.errors import InvalidInput, SandboxGone
+from fumehood.errors import Draining, InvalidInput, SandboxGone, ServerUnreachable
 from fumehood.model import Result
 
 if TYPE_CHECKING:
@@ -85,7 +87,7 @@ async def _run(job: Job) -> int:
 
     if job.copy_out:
         files.prepare(job.copy_out)
-    async with AsyncSandbox(**job.sandbox) as box:
+    async with _closed(AsyncSandbox(**job.sandbox)) as box:
         for path in job.copy_in:
             files.report(await files.copy_in(box, path))
         result = await box.run(job.code, language=job.language, timeout_s=job.timeout_s, **_live(job.as_json))
@@ -96,6 +98,17 @@ async def _run(job: Job) -> int:
     else:
         _show(result)
     return exits.exit_code(result)
+
+
+@contextlib.asynccontextmanager
+async def _closed(box: AsyncSandbox) -> AsyncGenerator[AsyncSandbox]:
+    """A server that stopped meanwhile has ended the sandbox itself, which makes no failure of a program that has ended well."""
+    await box.open()
+    try:
+        yield box
+    finally:
+        with contextlib.suppress(ServerUnreachable, Draining):
+            await box.close()
 
 
 def to_json(result: Result) -> dict[str, Any]:
