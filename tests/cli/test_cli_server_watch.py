@@ -32,7 +32,8 @@ def test_logs_follow_until_the_sandbox_ends(server: Served, box: str) -> None:
     assert following.stdout is not None and following.stdout.readline().startswith("--- ")  # what was; so it listens
     server.do("pause", box)
     server.do("kill", box)
-    said = following.stdout.read()  # not communicate(), which leaves out what readline() has read ahead
+    with following.stdout:
+        said = following.stdout.read()  # not communicate(), which leaves out what readline() has read ahead
     assert following.wait(20) == 0 and said.startswith("before\n") and "sandbox.paused" in said and "sandbox.stopped" in said
     assert "before\n" in server.do("logs", "-f", box)
     assert server.run("logs", "-f", "snosuchsandbox").returncode == 125

@@ -94,7 +94,8 @@ def drive(
     except FumehoodError as error:
         code = failure_code(error)
         if as_json:
-            print_json({"error": error.to_dict(), "exit": code})
+            with suppress(BrokenPipeError):
+                print_json({"error": error.to_dict(), "exit": code})
         complain(error.message, error.cause, error.remediation)
     except KeyboardInterrupt:
         code = INTERRUPTED
@@ -135,4 +136,4 @@ async def _heard(work: Coroutine[Any, Any, int]) -> int:
 def print_json(value: Any) -> None:
     import json
 
-    print(json.dumps(value, indent=2, default=str))
+    print(json.dumps(value, indent=2, default=str), flush=True)  # while whoever calls can still tell that nobody reads
