@@ -154,8 +154,9 @@ def _unsafe(path: Path, cause: str, remediation: str) -> StoreFailed:
 
 
 def _migrate(connection: sqlite3.Connection, path: Path) -> None:
-    ours = connection.execute("PRAGMA application_id").fetchone()[0] == APPLICATION_ID
-    if not ours and connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]:
+    # In this order: another process may be making the file, and what it makes comes with the id in one commit.
+    is_made = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]
+    if is_made and connection.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
         raise _unsafe(path, "it is a database of another program", "choose another path")
     generation = _generation(connection)
     if generation > len(MIGRATIONS):
