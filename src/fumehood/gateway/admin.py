@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import secrets
@@ -67,8 +68,6 @@ async def events(call: Called, request: Request, all: bool = False) -> Response:
 
 
 async def _events(call: Call, tenant: str | None, after: int | None) -> AsyncGenerator[bytes, None]:
-    import asyncio
-
     seen = after or 0
     with call.service.events.subscribe(tenant) as subscription:
         yield b": listening\n\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Coroutine
 from dataclasses import asdict, dataclass
@@ -13,11 +14,12 @@ from fastapi import Depends
 from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import Response
 
-from fumehood.errors import InvalidInput
+from fumehood.errors import InvalidInput, SandboxGone
 from fumehood.gateway.auth import check_scope
 from fumehood.gateway.pour import client_left
 from fumehood.lease import Lease
 from fumehood.records import Caller, ExecutionRecord
+from fumehood.runtime.link import Stream
 from fumehood.service import Service
 
 T = TypeVar("T")
@@ -34,6 +36,11 @@ class Call:
     async def awake(self, sandbox_id: str) -> Lease:
         """For traffic: one that is paused with auto_resume goes on."""
         return await self.service.awake(self.caller, sandbox_id)
+
+    async def verb(self, sandbox_id: str, verb: str, **arguments: Any) -> dict[str, Any]:
+        """What its agent answers."""
+        lease = await self.awake(sandbox_id)
+        return await lease.live.link.call(verb, **arguments)
 
 
 async def _call(connection: HTTPConnection) -> Call:
@@ -116,3 +123,10 @@ async def until_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
         if not doing.done():
             doing.cancel()
             await asyncio.wait({doing})
+
+
+async def leave(stream: Stream) -> None:
+    """Follow it no longer."""
+    with contextlib.suppress(SandboxGone):  # there is nothing left to leave
+        await stream.cancel()
+    stream.abandon()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import AsyncGenerator
 from typing import Annotated, Any
 
@@ -12,7 +11,7 @@ from starlette.responses import Response
 
 from fumehood.errors import FumehoodError, Unauthenticated
 from fumehood.gateway import answers, schema, signed
-from fumehood.gateway.call import Call, Called, answer, empty, path_of
+from fumehood.gateway.call import Called, answer, empty, leave, path_of
 from fumehood.gateway.document import NO_KEY
 from fumehood.gateway.listing import listed
 from fumehood.gateway.pour import BrokenOff, Pour
@@ -50,13 +49,13 @@ async def write(
 @router.delete(_BASE, status_code=204)
 async def remove(call: Called, sandbox_id: str, path: _Path, request: Request) -> Response:
     """A file, or a directory with all that is in it."""
-    await _verb(call, sandbox_id, "files.remove", path=path_of(request))
+    await call.verb(sandbox_id, "files.remove", path=path_of(request))
     return empty()
 
 
 @router.get(_BASE + "/stat", response_model=answers.Entry)
 async def stat(call: Called, sandbox_id: str, path: _Path, request: Request) -> Response:
-    return answer((await _verb(call, sandbox_id, "files.stat", path=path_of(request)))["entry"])
+    return answer((await call.verb(sandbox_id, "files.stat", path=path_of(request)))["entry"])
 
 
 @router.get(_BASE + "/list")
@@ -71,12 +70,12 @@ async def list_(
 
 @router.post(_BASE + "/mkdir", response_model=answers.Entry)
 async def mkdir(call: Called, sandbox_id: str, body: schema.Mkdir) -> Response:
-    return answer((await _verb(call, sandbox_id, "files.mkdir", path=body.path))["entry"])
+    return answer((await call.verb(sandbox_id, "files.mkdir", path=body.path))["entry"])
 
 
 @router.post(_BASE + "/move", response_model=answers.Entry)
 async def move(call: Called, sandbox_id: str, body: schema.Move) -> Response:
-    return answer((await _verb(call, sandbox_id, "files.move", source=body.source, destination=body.destination))["entry"])
+    return answer((await call.verb(sandbox_id, "files.move", source=body.source, destination=body.destination))["entry"])
 
 
 @router.post(_BASE + "/sign")
@@ -111,11 +110,6 @@ async def _opened(connection: HTTPConnection, token: str, method: str) -> tuple[
     return lease, path
 
 
-async def _verb(call: Call, sandbox_id: str, verb: str, **arguments: Any) -> dict[str, Any]:
-    lease = await call.awake(sandbox_id)
-    return await lease.live.link.call(verb, **arguments)
-
-
 async def download(link: Link, path: str, part: dict[str, int]) -> Response:
     """Up to the first bytes a failure is an answer of its own; after them it breaks the connection off."""
     stream = await link.open("files.read", path=path, **part)
@@ -137,9 +131,7 @@ async def _rest(stream: Stream, first: bytes) -> AsyncGenerator[bytes, None]:
     except FumehoodError as e:
         raise BrokenOff from e
     finally:
-        with contextlib.suppress(FumehoodError):  # there may be nothing left to tell
-            await stream.cancel()
-        stream.abandon()
+        await leave(stream)
 
 
 async def upload(link: Link, path: str, request: Request, mode: int | None) -> dict[str, Any]:

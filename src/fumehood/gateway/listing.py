@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any, cast
 
 from fumehood.agent import wire
-from fumehood.errors import FumehoodError
+from fumehood.gateway.call import leave
 from fumehood.runtime.link import Link
 
 MAX_ENTRIES = 100_000  # as the agent has it
@@ -26,6 +25,4 @@ async def listed(link: Link, path: str, depth: int, max_entries: int = MAX_ENTRI
                 return found[:max_entries], True
         return found, bool(stream.ok.get("truncated"))
     finally:
-        with contextlib.suppress(FumehoodError):  # there may be nothing left to tell
-            await stream.cancel()
-        stream.abandon()
+        await leave(stream)

@@ -15,7 +15,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from fumehood.agent import wire
 from fumehood.errors import FumehoodError, InvalidInput
 from fumehood.gateway import problems, schema
-from fumehood.gateway.call import Call, Called, path_of, query
+from fumehood.gateway.call import Call, Called, leave, path_of, query
 from fumehood.gateway.executions import code_of, program_of, work_of
 from fumehood.gateway.feed import as_message, follow
 from fumehood.lease import Lease
@@ -97,9 +97,7 @@ async def _verb_socket(socket: WebSocket, call: Call, sandbox_id: str, asked: Ca
         try:
             await _both(_send_frames(socket, lease, stream), _receive(socket, told))
         finally:
-            with contextlib.suppress(FumehoodError):  # there may be nothing left to tell
-                await stream.cancel()
-            stream.abandon()
+            await leave(stream)
 
 
 async def _send_frames(socket: WebSocket, lease: Lease, stream: Stream) -> None:

@@ -8,7 +8,6 @@ import math
 import os
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from fumehood.config import Config
@@ -75,14 +74,7 @@ class Admission:
 
 
 def _places(config: Config) -> Capacity:
-    budget = config.memory_budget_bytes or int(_HOST_SHARE * _host_memory_bytes())
+    host_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    budget = config.memory_budget_bytes or int(_HOST_SHARE * host_bytes)
     tenants = config.max_sandboxes_per_tenant
     return Capacity(config.max_sandboxes, math.floor(budget * config.memory_overcommit), tenants)
-
-
-def _host_memory_bytes() -> int:
-    """MemTotal of /proc/meminfo, in KiB there (proc(5))."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemTotal:"):
-            return int(line.split()[1]) << 10
-    raise OSError("/proc/meminfo has no MemTotal")

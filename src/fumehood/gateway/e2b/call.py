@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import base64
 import binascii
-import contextlib
 import hashlib
 import hmac
 from dataclasses import dataclass
 
 from starlette.requests import Request
 
-from fumehood.errors import SandboxGone
 from fumehood.lease import Lease
 from fumehood.records import Caller
-from fumehood.runtime.link import Link, Stream
+from fumehood.runtime.link import Link
 from fumehood.service import Service
 
 from .connect import Fault
@@ -46,13 +44,6 @@ def traffic_token(lease: Lease) -> str:
 
 def same(shown: str, secret: str) -> bool:
     return hmac.compare_digest(shown.encode("utf-8", "surrogateescape"), secret.encode())
-
-
-async def leave(stream: Stream) -> None:
-    """Follow it no longer."""
-    with contextlib.suppress(SandboxGone):  # there is nothing left to leave
-        await stream.cancel()
-    stream.abandon()
 
 
 def check_user(name: str) -> None:

@@ -15,12 +15,13 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from fumehood.errors import FumehoodError
+from fumehood.gateway.call import leave
 from fumehood.gateway.pour import BrokenOff, pour
 from fumehood.gateway.writing import Writing
 from fumehood.lease import Lease
 
 from .answers import Refusal, gone, json_answer, refused, status_of
-from .call import Call, check_user, leave, same
+from .call import Call, check_user, same
 from .connect import Fault
 from .form import Form
 

@@ -12,9 +12,10 @@ from typing import Any, cast
 
 from fumehood.agent import wire
 from fumehood.errors import FumehoodError, InvalidInput
+from fumehood.gateway.call import leave
 from fumehood.runtime.link import Stream
 
-from .call import Call, leave
+from .call import Call
 from .connect import Fault, deadline_s, flag, number, tables, text
 
 Message = dict[str, Any]

@@ -10,9 +10,10 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from fumehood.errors import FumehoodError
+from fumehood.gateway.call import leave
 from fumehood.runtime.link import Stream
 
-from .call import Call, leave
+from .call import Call
 from .connect import Fault, flag, text
 from .filesystem import entry_or_none, stat_path
 
