@@ -96,6 +96,9 @@ class Config:
         low=1 << 20,
         high=1 << 50,
     )
+    flush_records: bool = _setting(
+        False, "each record reaches the disk before its caller is answered, which takes milliseconds; else within a second"
+    )
 
     def __post_init__(self) -> None:
         check_id(self.cgroup_parent, "cgroup_parent")

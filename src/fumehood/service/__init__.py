@@ -61,7 +61,7 @@ class Service:
     async def open(cls, config: Config) -> Self:
         """Opens the store (what a killed server left is ended there), proves the tier, begins to warm. Raises StoreFailed."""
         async with contextlib.AsyncExitStack() as undo:
-            store = await Store.open(config.state_dir / "store.db")
+            store = await Store.open(config.state_dir / "store.db", flush=config.flush_records)
             undo.push_async_callback(store.aclose)
             chronicle = await Chronicle.open(store, config)
             undo.push_async_callback(chronicle.aclose)

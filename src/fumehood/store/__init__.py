@@ -1,10 +1,9 @@
 """What the service remembers, in one SQLite file (WAL): keys, histories, replies, events. The only SQL of the package.
 
-Each commit is flushed (`synchronous = FULL`), so what was acknowledged survives `kill -9` of the server and a power cut at any
-moment. With `flush=False` (NORMAL) it survives the kill, and a power cut takes the last moments, never the file's soundness.
+What was acknowledged survives `kill -9` of the server at any moment. With `flush` it survives a power cut too, as keys and
+their revocation always do; without it a power cut takes the last half second of histories, never the file's soundness.
 
-finish_execution, p50/p99 in ms (2 cores, virtual ext4 disk, uvloop): one caller FULL 0.27/1.0, NORMAL 0.12/0.35; 32 callers
-FULL 1.2/4.5, NORMAL 1.0/7.1: group commit leaves little to gain by not flushing.
+finish_execution, p50/p99 in ms (2 cores, virtual ext4 disk, uvloop): FIGURES
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ from fumehood.store.schema import connect, lock, prepare
 from fumehood.store.writer import Writer
 
 MAX_EVENT_BYTES = 16 * 1024
+LONG_BYTES = 128 * 1024  # a result that is not written between two looks at the sockets
 LEFT_BEHIND = "the server was killed while this was alive"
 
 
@@ -62,7 +62,8 @@ class Store:
         held = lock(path) if exclusive else None
         try:
             await asyncio.to_thread(prepare, path, busy_s, check=exclusive)
-            store = cls(Reader(connect(path, busy_s)), Writer(connect(path, busy_s, flush=flush)), clock)
+            quick = None if flush else connect(path, 0.0, flush=False)
+            store = cls(Reader(connect(path, busy_s)), Writer(connect(path, busy_s), quick), clock)
         except BaseException:
             if held is not None:
                 os.close(held)
@@ -96,7 +97,7 @@ class Store:
 
     async def add_key(self, key: ApiKey) -> None:
         """Raises Conflict when its id is taken."""
-        await self._do(rows.insertion("keys", ApiKey), *rows.pack(key))
+        await self._do(rows.insertion("keys", ApiKey), *rows.pack(key), flush=True)
 
     async def key(self, key_id: str) -> ApiKey | None:
         """A revoked one too: see its `revoked_at`."""
@@ -107,7 +108,7 @@ class Store:
 
     async def revoke_key(self, key_id: str) -> bool:
         """False when there is no such key or it was revoked before."""
-        return await self._do(changes.REVOKE, self._clock(), key_id) == 1
+        return await self._do(changes.REVOKE, self._clock(), key_id, flush=True) == 1
 
     # -- sandboxes
 
@@ -143,7 +144,7 @@ class Store:
         """Returns when it is committed. The first word wins: a second raises InvalidTransition. NotFound if it never began."""
         finish = changes.finish(execution_id, started_at, finished_at, status, cause, result)
         try:
-            await self._writer.do(finish)
+            await self._writer.do(finish, flush=len(result) > LONG_BYTES)
         finally:  # once it is there: a prune that began before may have missed it
             self.unpruned_bytes += len(result.encode())
 
@@ -207,7 +208,7 @@ class Store:
 
     async def recover(self, cause: str) -> Recovered:
         """End what is alive: sandboxes are stopped, executions done as `killed`, pending replies dropped. For a start."""
-        return await self._writer.do(changes.recover(self._clock(), cause))
+        return await self._writer.do(changes.recover(self._clock(), cause), flush=True)
 
     async def prune(self, *, older_than_s: float, max_rows: int, max_bytes_per_tenant: int) -> int:
         """Forget what ended more than `older_than_s` ago, replies of more than a day, the oldest executions, events and replies
@@ -240,9 +241,9 @@ class Store:
 
     async def _slices(self, statement: str, *values: Any) -> int:
         gone = 0
-        while slice_ := await self._do(statement, *values):
+        while slice_ := await self._do(statement, *values, flush=True):
             gone += slice_
         return gone
 
-    async def _do(self, statement: str, *values: Any) -> int:
-        return await self._writer.do(changes.statement(statement, *values))
+    async def _do(self, statement: str, *values: Any, flush: bool = False) -> int:
+        return await self._writer.do(changes.statement(statement, *values), flush=flush)
