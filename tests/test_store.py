@@ -20,9 +20,9 @@ NOW = 1_000_000.0
 INJECTION = "x'; DROP TABLE executions; -- \" ) %s ? ?1"
 
 
-@pytest.fixture
-async def store(tmp_path):
-    opened = await Store.open(tmp_path / "store.db", clock=lambda: NOW)
+@pytest.fixture(params=[True, False], ids=["flushed", "quick"])
+async def store(tmp_path, request):
+    opened = await Store.open(tmp_path / "store.db", clock=lambda: NOW, flush=request.param)
     yield opened
     await opened.aclose()
 
@@ -329,6 +329,52 @@ async def test_a_disk_that_hangs_is_felt_by_callers_and_not_by_memory_h15(store,
         other.rollback()
     await finishing
     assert {r.state for r in await store.executions("a", limit=1000)} == {"done"}
+
+
+async def test_without_flush_a_write_goes_behind_those_that_wait_for_another_process(tmp_path):
+    store = await Store.open(tmp_path / "store.db", flush=False)
+    with direct(store_path(store)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        store.begin_execution(begun())
+        waiting = [asyncio.create_task(finish(store, "ex1"))]
+        await asyncio.sleep(0.05)  # long enough for a write in the loop, which nothing held up
+        waiting += [asyncio.create_task(store.put_sandbox(box(f"sb{n}"))) for n in range(3)]
+        await asyncio.sleep(0.05)
+        assert not any(task.done() for task in waiting)
+        other.rollback()
+    await asyncio.gather(*waiting)
+    assert (await store.execution("a", "ex1")).state == "done" and len(await store.sandboxes("a")) == 3
+    await store.aclose()
+
+
+async def test_without_flush_what_was_written_is_in_the_file_itself_soon_after(tmp_path):
+    store = await Store.open(tmp_path / "store.db", flush=False)
+    await store.put_sandbox(box())
+    copy = tmp_path / "copy.db"
+    async with asyncio.timeout(10):
+        while True:  # the file without its log, as it is after a power cut that took all that was not on the disk
+            copy.write_bytes((tmp_path / "store.db").read_bytes())
+            with direct(copy) as file:
+                if file.execute("SELECT count(*) FROM sandboxes").fetchone()[0] == 1:
+                    break
+            await asyncio.sleep(0.05)
+    await store.aclose()
+
+
+async def test_a_key_and_its_revocation_are_on_the_disk_first_whatever_the_rest_does(tmp_path):
+    store = await Store.open(tmp_path / "store.db", flush=False)
+    ways = []
+    patient, quick = store._writer._patient, store._writer._quick
+    patient.set_trace_callback(lambda text: ways.append(("patient", text.split()[0])))
+    quick.set_trace_callback(lambda text: ways.append(("quick", text.split()[0])))
+    await store.put_sandbox(box())
+    assert ("quick", "COMMIT") in ways and ("patient", "COMMIT") not in ways
+    assert patient.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL
+    ways.clear()
+    await store.add_key(ApiKey("k1", "a", "d", frozenset({"sandboxes"})))
+    await store.revoke_key("k1")
+    assert [way for way in ways if way[1] == "COMMIT"] == [("patient", "COMMIT")] * 2
+    await store.aclose()
 
 
 async def test_a_bug_in_one_write_fails_that_one_alone(store):

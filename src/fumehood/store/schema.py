@@ -60,8 +60,8 @@ MIGRATIONS: list[str] = [
 
 
 def connect(path: Path, busy_s: float, *, flush: bool = True) -> sqlite3.Connection:
-    """One connection; it waits `busy_s` for another process's transaction to end. `flush`: each commit reaches the disk; without
-    it none waits for the disk, and bringing the log there is left to others.
+    """One connection; it waits `busy_s` for another process's transaction to end. `flush`: each commit reaches the disk;
+    without it none waits for the disk, and bringing the log there is left to others.
     """
     connection = sqlite3.connect(path, timeout=busy_s, isolation_level=None, check_same_thread=False)
     connection.execute(f"PRAGMA synchronous = {'FULL' if flush else 'NORMAL'}")

@@ -110,7 +110,9 @@ class Writer:
         """Whether it could be done here and now. What the thread has was asked for before, and comes first."""
         if self._quick is None or self.depth > len(held) or any(item.flush for item in held):
             return False
-        if (outcomes := _commit(self._quick, held, patient=False)) is None:
+        try:
+            outcomes = _commit(self._quick, held)
+        except sqlite3.OperationalError:
             return False
         if self._flush is None:
             self._flush = self._loop.call_later(FLUSH_S, self._flush_soon)
@@ -132,8 +134,8 @@ class Writer:
                 if flush:
                     break
             if batch:
-                outcomes = _commit(self._patient, batch, patient=True)
-                with suppress(RuntimeError):  # the loop was closed before the store: it is on disk, and nobody is left to hear so
+                outcomes = _outcomes(self._patient, batch)
+                with suppress(RuntimeError):  # the loop was closed before the store: it is on disk, with nobody left to hear so
                     self._loop.call_soon_threadsafe(self._deliver, batch, outcomes)
             if flush:
                 _checkpoint(self._patient)
@@ -164,17 +166,25 @@ def _checkpoint(connection: sqlite3.Connection) -> None:
         _log.error("what was written is not on the disk yet: %s", error)
 
 
-def _commit(connection: sqlite3.Connection, batch: list[_Item], *, patient: bool) -> list[Any] | None:
-    """The outcome of each item, or the exception that is its outcome. None: another process writes, and we did not wait."""
+def _commit(connection: sqlite3.Connection, batch: list[_Item]) -> list[Any]:
+    """The outcome of each item, or the exception that is its outcome. Raises OperationalError when another process writes for
+    longer than we wait; then nothing is written.
+    """
     try:
         return atomically(connection, lambda: [_attempt(item, connection) for item in batch])
     except Exception as error:
-        busy = getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_BUSY
-        if busy and not patient:
-            return None
-        if len(batch) <= 1 or busy:
-            return [typed(error) for _ in batch]  # locked for longer than we wait: alone each would wait as long again
-        return [outcome for item in batch for outcome in _commit(connection, [item], patient=True) or ()]
+        if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_BUSY:
+            raise
+        if len(batch) <= 1:
+            return [typed(error) for _ in batch]
+        return [outcome for item in batch for outcome in _outcomes(connection, [item])]
+
+
+def _outcomes(connection: sqlite3.Connection, batch: list[_Item]) -> list[Any]:
+    try:
+        return _commit(connection, batch)
+    except sqlite3.OperationalError as busy:
+        return [typed(busy) for _ in batch]  # alone each would wait as long again
 
 
 def _attempt(item: _Item, connection: sqlite3.Connection) -> Any:
