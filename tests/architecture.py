@@ -32,8 +32,12 @@ ROOMS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "execution": ((*NOUNS, "outcome", "agent.wire", "runtime.link"), "one execution is followed over a link, on any tier"),
     "runtime": ((*NOUNS, "config", "runtime.base", "runtime.link", "agent"), "a tier knows contract and agent, nothing above"),
     "runtime.tiers": ((*NOUNS, "config", "runtime"), "the one table that knows every tier"),
+    "runtime.host": (
+        (*NOUNS, "config", "runtime.base", "runtime.host"),
+        "what tiers take from the host; it knows none of them",
+    ),
     "runtime.native": (
-        (*NOUNS, "config", "runtime.base", "runtime.link", "runtime.native", "agent"),
+        (*NOUNS, "config", "runtime.base", "runtime.link", "runtime.host", "runtime.native", "agent"),
         "tiers never import each other: one must be removable without the others noticing",
     ),
     "runtime.oci": (
@@ -41,7 +45,7 @@ ROOMS: Mapping[str, tuple[tuple[str, ...], str]] = {
         "tiers never import each other",
     ),
     "runtime.microvm": (
-        (*NOUNS, "config", "runtime.base", "runtime.link", "runtime.microvm", "agent"),
+        (*NOUNS, "config", "runtime.base", "runtime.link", "runtime.host", "runtime.microvm", "agent"),
         "tiers never import each other",
     ),
     "runtime.fake": ((*NOUNS, "config", "runtime.base", "runtime.tree"), "a tier knows the contract, nothing above"),
@@ -123,7 +127,7 @@ LONGER: Mapping[str, str] = {
     "agent/contexts.py": "one class: the life of a context, whose states are told from each other by all of its methods",
     "agent/python.py": "both executors and the preload that warms them",
     "agent/shells.py": "two shells over one base class",
-    "runtime/native/cgroup.py": "one class: a group is made, entered, bounded, read, frozen, killed, removed as one thing",
+    "runtime/host/cgroup.py": "one class: a group is made, entered, bounded, read, frozen, killed, removed as one thing",
 }
 
 

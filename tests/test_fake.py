@@ -18,8 +18,9 @@ from fumehood.model import Enforcement, SandboxSpec
 from fumehood.policy.resolve import resolve
 from fumehood.runtime import tree
 from fumehood.runtime.fake import FakeHandle, FakeRuntime
+from fumehood.runtime.host import cgroup_layout
 from fumehood.runtime.link import Link
-from fumehood.runtime.native import cgroup_layout, protections
+from fumehood.runtime.native import protections
 
 pytestmark = pytest.mark.rootless
 WAIT_S = 20.0

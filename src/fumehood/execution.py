@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import codecs
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -53,6 +53,7 @@ class Capture:
     error: CodeError | None = None
     execution_count: int | None = None
     pid: int | None = None
+    account: Mapping[str, Any] = field(default_factory=dict[str, Any])  # the guest's kernel's word, if it has one
     _total_bytes: int = 0
     _result_bytes: int = 0
 
@@ -91,6 +92,8 @@ class Capture:
                 self.error = CodeError(*(str(event.get(k, ""))[:cap] for k, cap in _ERROR_CAPS.items()))
             case "count" if isinstance(event.get("execution_count"), int):
                 self.execution_count = event["execution_count"]
+            case "account":
+                self.account = event
             case "started" if isinstance(event.get("pid"), int):
                 self.pid = event["pid"]
             case _:

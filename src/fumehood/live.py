@@ -124,6 +124,7 @@ class Live:
         attempts: Counter[ConnectionAttempt],
         deadline_s: float,
     ) -> Result:
+        self.handle.told(done.capture.account)
         after, disk_full = self._reading()
         calls = tuple(RefusedSyscall(name, n, arch) for (name, arch), n in refused.most_common())
         exit_code = done.number("exit_code")
@@ -191,7 +192,7 @@ class Live:
         """
         if spec.limits != self.spec.limits:
             await self.handle.limit(spec.limits)
-        await self.link.call("bind", env=dict(spec.env))
+        await self.link.call("bind", env=dict(spec.env), **self.handle.identity(spec))
         self.spec = spec
 
     async def checkpoint(self, context: str | None = None) -> str:

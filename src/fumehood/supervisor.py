@@ -54,8 +54,8 @@ class Supervisor:
             # Before the handle: a channel closed under its transport leaves the loop watching a number that is reused.
             undo.push_async_callback(live.link.aclose)
             await live.link.start(self.config.agent_timeout_s)
-            if spec.env:
-                await live.link.call("bind", env=dict(spec.env))
+            if (identity := live.handle.identity(spec)) or spec.env:
+                await live.link.call("bind", env=dict(spec.env), **identity)
             undo.pop_all()
         live.create_ms = (time.monotonic() - started) * 1e3
         live.state = move(live.state, SandboxState.READY)

@@ -27,8 +27,8 @@ from fumehood.errors import (
     SetupFailed,
 )
 from fumehood.model import MIB, Enforcement, Limits
-from fumehood.runtime.native import cgroup_layout, cgroup_tree
-from fumehood.runtime.native.cgroup import Group, Layout, probe, reconcile
+from fumehood.runtime.host import cgroup_layout, cgroup_tree
+from fumehood.runtime.host.cgroup import Group, Layout, probe, reconcile
 
 pytestmark = pytest.mark.root
 
@@ -461,7 +461,7 @@ def test_reconcile_ends_and_removes_whatever_a_killed_supervisor_left(instance: 
     code = f"""
 import os, signal, time
 from fumehood.model import Limits
-from fumehood.runtime.native.cgroup import Group, probe
+from fumehood.runtime.host.cgroup import Group, probe
 layout = probe()
 for name in ("running", "frozen"):
     group = Group.create(layout, {instance!r}, name, Limits())
@@ -533,7 +533,7 @@ def test_a_host_without_any_cgroup_fails_closed_and_says_what_to_do(tmp_path: Pa
 
 def test_an_ordinary_user_without_delegation_is_offered_nothing_here() -> None:
     code = "p = probe(); print(p.mode, *p.missing.values(), sep='\\n')"
-    argv = [sys.executable, "-c", f"from fumehood.runtime.native.cgroup import probe\n{DROP}{code}"]
+    argv = [sys.executable, "-c", f"from fumehood.runtime.host.cgroup import probe\n{DROP}{code}"]
     said = subprocess.run(argv, capture_output=True, text=True, check=True).stdout.splitlines()
     assert said[0] == "none"
     assert len(said) == 7 and all("uid 65534" in line for line in said[1:])

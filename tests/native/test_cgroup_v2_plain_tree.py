@@ -13,9 +13,9 @@ import pytest
 
 from fumehood.errors import CapacityExceeded, SetupFailed
 from fumehood.model import MIB, Enforcement, Limits
-from fumehood.runtime.native import cgroup_v2
-from fumehood.runtime.native.cgroup import Group, Layout, probe
-from fumehood.runtime.native.cgroup_layout import whole_disk
+from fumehood.runtime.host import cgroup_v2
+from fumehood.runtime.host.cgroup import Group, Layout, probe
+from fumehood.runtime.host.cgroup_layout import whole_disk
 
 LIMITS = Limits(cpus=0.5, memory_bytes=64 * MIB, swap_bytes=MIB, pids=16, io_read_bps=10 * MIB, io_write_bps=0)
 LEAF = {

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from fumehood.errors import NotFound
 from fumehood.model import MIB, Enforcement, Limits, Usage
 from fumehood.runtime.base import Stats
-from fumehood.runtime.native import watchdog
-from fumehood.runtime.native.cgroup_tree import wait
-from fumehood.runtime.native.watchdog import Watch, verdict
+from fumehood.runtime.host import watchdog
+from fumehood.runtime.host.cgroup_tree import wait
+from fumehood.runtime.host.watchdog import Watch, verdict
 
 LIMITS = Limits(memory_bytes=64 * MIB, pids=16)
 Box = Callable[..., tuple[int, subprocess.Popen[str]]]
@@ -272,8 +272,8 @@ def test_an_ordinary_user_can_watch_his_own_sandbox_and_only_that() -> None:
     code = """
 import os, subprocess, sys
 from fumehood.model import Limits
-from fumehood.runtime.native.cgroup_tree import wait
-from fumehood.runtime.native.watchdog import Watch
+from fumehood.runtime.host.cgroup_tree import wait
+from fumehood.runtime.host.watchdog import Watch
 os.setgroups([]); os.setgid(65534); os.setuid(65534)
 argv = ["unshare", "--user", "--pid", "--fork", "--kill-child", "sh", "-c", "sleep 60 & sleep 60 & echo ready; wait"]
 process = subprocess.Popen(argv, stdout=subprocess.PIPE)

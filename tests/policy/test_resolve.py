@@ -12,7 +12,8 @@ from fumehood.policy.load import preset_names
 from fumehood.policy.resolve import TEMPLATES, resolve, tighten
 from fumehood.policy.rules import Policy
 from fumehood.runtime.base import missing
-from fumehood.runtime.native import cgroup_layout, protections
+from fumehood.runtime.host import cgroup_layout
+from fumehood.runtime.native import protections
 
 
 def test_the_default_preset_says_what_the_model_says():

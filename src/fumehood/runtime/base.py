@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from fumehood.events import Event
 from fumehood.model import Enforcement, Limits, Protection, SandboxSpec, Usage
@@ -53,6 +53,18 @@ class Handle(Protocol):
         """Bind other limits late, on a live sandbox (cgroup writes only)."""
         ...
 
+    def identity(self, spec: SandboxSpec) -> dict[str, Any]:
+        """What its agent has to be told beside the environment whenever it becomes somebody's: arguments of the verb `bind`.
+        Empty where the host sees to all of it.
+        """
+        ...
+
+    def told(self, account: Mapping[str, Any]) -> None:
+        """What the guest's own kernel counted, told by its agent at the end of each execution: for stats() and disk_*().
+        Where the host counts by itself it is ignored (H16).
+        """
+        ...
+
     async def kill(self) -> None:
         """End every process of the sandbox at once. Returns when none is left."""
         ...
@@ -75,6 +87,47 @@ class Runtime(Protocol):
     async def start(self, spec: SandboxSpec, sandbox_id: str, on_event: Callable[[Event], None]) -> Handle: ...
     def capabilities(self) -> Capabilities: ...
     async def aclose(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotFacts:
+    """A snapshot of a live sandbox: all of its memory, processes and disk, as files of this host."""
+
+    id: str
+    sandbox_id: str
+    created_at: float
+    size_bytes: int  # on the disk
+
+
+@runtime_checkable
+class Snapshots(Protocol):
+    """A runtime that can copy its live sandboxes: those whose capabilities() say `snapshot`.
+
+    A restored one has the agent that it had, with its contexts and programs, and no connection to anybody; its id, entropy,
+    clock and names are new with the next bind (H20). All may raise SetupFailed, CapacityExceeded, SandboxGone.
+    """
+
+    async def snapshot(self, handle: Handle, snapshot_id: str) -> SnapshotFacts:
+        """Kept until discard(). The sandbox stands still meanwhile. Raises Conflict when the id is taken."""
+        ...
+
+    async def restore(
+        self, snapshot_id: str, spec: SandboxSpec, sandbox_id: str, on_event: Callable[[Event], None]
+    ) -> Handle:
+        """Raises NotFound; SetupFailed for one whose files are damaged, or that another version of the monitor made."""
+        ...
+
+    async def fork(
+        self, handle: Handle, spec: SandboxSpec, sandbox_ids: Sequence[str], on_event: Callable[[str, Event], None]
+    ) -> list[Handle]:
+        """So many copies of a live sandbox as there are ids, all or none; nothing is kept on the disk but what they run from."""
+        ...
+
+    def snapshots(self) -> list[SnapshotFacts]: ...
+
+    async def discard(self, snapshot_id: str) -> None:
+        """Raises NotFound. Sandboxes that run from it go on."""
+        ...
 
 
 def missing(required: frozenset[str], protections: Sequence[Protection]) -> list[Protection]:

@@ -13,9 +13,10 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import fumehood
 from fumehood.config import Config
@@ -94,6 +95,12 @@ class FakeHandle:
 
     async def limit(self, limits: Limits) -> None:
         """No limit is enforced here, and `protections` says so."""
+
+    def identity(self, spec: SandboxSpec) -> dict[str, Any]:
+        return {}
+
+    def told(self, account: Mapping[str, Any]) -> None:
+        """Nothing is counted here but what the processes show."""
 
     async def kill(self) -> None:
         if self.alive:

@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 from base64 import b64encode
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -17,13 +17,15 @@ from fumehood.errors import AgentUnresponsive, ProtectionUnavailable, SetupFaile
 from fumehood.events import Event, ZygoteLost
 from fumehood.model import Limits, Protection, SandboxSpec, Template
 from fumehood.runtime.base import Capabilities, Stats, missing
+from fumehood.runtime.host import accounting, journal
+from fumehood.runtime.host.uids import UidBlock
 from fumehood.runtime.link import setup_failure
-from fumehood.runtime.native import accounting, journal, landlock, protections, seccomp
+from fumehood.runtime.native import landlock, protections, seccomp
 from fumehood.runtime.native.handover import last_words, rlimits, send_plan, step, write_maps
 from fumehood.runtime.native.listeners import Listeners
 from fumehood.runtime.native.mounts import OWN_DIRECTORIES
-from fumehood.runtime.native.uids import UidBlock
-from fumehood.runtime.native.zygotes import Zygote, readable, shown_in
+from fumehood.runtime.host.waiting import readable
+from fumehood.runtime.native.zygotes import Zygote, shown_in
 
 _BY_GROUPS = frozenset({"cpus", "cpu_weight", "memory_bytes", "swap_bytes", "pids", "io_read_bps", "io_write_bps"})
 
@@ -60,6 +62,12 @@ class NativeHandle:
 
     async def limit(self, limits: Limits) -> None:
         self._account.apply(limits)
+
+    def identity(self, spec: SandboxSpec) -> dict[str, Any]:
+        return {}
+
+    def told(self, account: Mapping[str, Any]) -> None:
+        """It has no word here: the host's kernel counts."""
 
     async def kill(self) -> None:
         await _end(self._pidfd, self._account)

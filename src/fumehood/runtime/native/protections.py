@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from fumehood.model import Enforcement, Limits, Protection
-from fumehood.runtime.native import cgroup_protections, confinement, watchdog
-from fumehood.runtime.native.accounting import has_groups
-from fumehood.runtime.native.cgroup_layout import Layout
+from fumehood.runtime.host import cgroup_protections, watchdog
+from fumehood.runtime.host.accounting import has_groups
+from fumehood.runtime.host.cgroup_layout import Layout
+from fumehood.runtime.native import confinement
 
 ENFORCED, DEGRADED = Enforcement.ENFORCED, Enforcement.DEGRADED
 # Steps of the recipe that fail the whole creation when they fail: there is no sandbox without them.

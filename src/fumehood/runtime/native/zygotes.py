@@ -20,6 +20,7 @@ from typing import Any
 import fumehood
 from fumehood.errors import FumehoodError, SandboxGone, SetupFailed
 from fumehood.model import Template
+from fumehood.runtime.host.waiting import readable
 from fumehood.runtime.native import builder, seccomp_install
 
 _PACKAGE = str(Path(fumehood.__file__).parent)
@@ -212,16 +213,3 @@ def _prefixes() -> list[str]:
 def _library_environ() -> dict[str, str]:
     # One thread per numeric library: the zygote must stay single-threaded to be forked, and a sandbox has one CPU.
     return {f"{name}_NUM_THREADS": "1" for name in ("OPENBLAS", "OMP", "MKL", "NUMEXPR")} | {"MPLCONFIGDIR": "/tmp/.mpl"}
-
-
-async def readable(fd: int) -> None:
-    """Returns when `fd` has something to read, or for a pidfd: when its process has ended."""
-    loop = asyncio.get_running_loop()
-    ready = loop.create_future()
-    watched = os.dup(fd)  # two may wait for one descriptor, of which a loop takes one reader only
-    loop.add_reader(watched, lambda: ready.done() or ready.set_result(None))
-    try:
-        await ready
-    finally:
-        loop.remove_reader(watched)
-        os.close(watched)

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from fumehood.runtime.native.cgroup_tree import step
-from fumehood.runtime.native.cgroup_v2 import CORE, enable
+from fumehood.runtime.host.cgroup_tree import step
+from fumehood.runtime.host.cgroup_v2 import CORE, enable
 
 CONTROLLERS = ("pids", "memory", "cpu", "cpuacct", "io", "freezer")  # also the order of attaching
 _V1_NAME = {"io": "blkio"}

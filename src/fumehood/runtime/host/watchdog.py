@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from fumehood.errors import NotFound
 from fumehood.model import Enforcement, Limits, Protection, Status, Usage
 from fumehood.runtime.base import Stats
-from fumehood.runtime.native.cgroup_protections import FIX
+from fumehood.runtime.host.cgroup_protections import FIX
 
 _TICKS = os.sysconf("SC_CLK_TCK")
 _VANISHED = (FileNotFoundError, ProcessLookupError)  # gone before the open; between open and read (ESRCH)

@@ -13,8 +13,8 @@ from fumehood.config import Config
 from fumehood.errors import SetupFailed
 from fumehood.model import Limits, Protection, Usage
 from fumehood.runtime.base import Stats
-from fumehood.runtime.native import cgroup, cgroup_layout, watchdog
-from fumehood.runtime.native.cgroup_layout import Layout
+from fumehood.runtime.host import cgroup, cgroup_layout, watchdog
+from fumehood.runtime.host.cgroup_layout import Layout
 
 _SAMPLE_S = 0.05
 
@@ -23,6 +23,7 @@ class Account(Protocol):
     """Bounds, counts, freezes. `close()` only after every process is gone."""
 
     def doors(self) -> AbstractContextManager[list[int]]: ...
+    def door_files(self) -> tuple[str, ...]: ...
     def entered(self, pid: int) -> None: ...
     def reading(self) -> Stats: ...
     def freeze(self) -> None: ...
@@ -36,7 +37,8 @@ class Account(Protocol):
 class GroupAccount:
     def __init__(self, group: cgroup.Group) -> None:
         self._group = group
-        self.doors, self.reading, self.thaw, self.apply = group.doors, group.reading, group.thaw, group.apply
+        self.doors, self.door_files = group.doors, group.door_files
+        self.reading, self.thaw, self.apply = group.reading, group.thaw, group.apply
         self.protections, self.kill_all = group.protections, group.signal_all
 
     def entered(self, pid: int) -> None:
@@ -63,6 +65,9 @@ class WatchAccount:
 
     def doors(self) -> AbstractContextManager[list[int]]:
         return nullcontext([])
+
+    def door_files(self) -> tuple[str, ...]:
+        return ()
 
     def entered(self, pid: int) -> None:
         self._watch = watchdog.Watch(pid, self._limits)

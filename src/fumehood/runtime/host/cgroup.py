@@ -15,10 +15,10 @@ from types import TracebackType
 from fumehood.errors import CapacityExceeded, InvalidTransition, ProtectionUnavailable, SetupFailed
 from fumehood.model import Limits, Protection, Usage, check_id
 from fumehood.runtime.base import Stats
-from fumehood.runtime.native import cgroup_v1, cgroup_v2
-from fumehood.runtime.native.cgroup_layout import Layout, make, probe
-from fumehood.runtime.native.cgroup_protections import FIX, protections
-from fumehood.runtime.native.cgroup_tree import Directory, signal_all, step, wait
+from fumehood.runtime.host import cgroup_v1, cgroup_v2
+from fumehood.runtime.host.cgroup_layout import Layout, make, probe
+from fumehood.runtime.host.cgroup_protections import FIX, protections
+from fumehood.runtime.host.cgroup_tree import Directory, signal_all, step, wait
 
 __all__ = ["Group", "Layout", "probe", "reconcile"]
 
@@ -118,6 +118,11 @@ class Group:
                     fds.append(os.open(door, os.O_WRONLY | os.O_CLOEXEC, dir_fd=directory.fd))
                     stack.callback(os.close, fds[-1])
             yield fds
+
+    def door_files(self) -> tuple[str, ...]:
+        """The same by name, for a child that is root still, or that the groups were delegated to."""
+        doors = ((cgroup_v1.DOOR if version == 1 else cgroup_v2.DOOR, of) for version, of in self._of.items())
+        return tuple(f"{directory.path}/{door}" for door, of in doors for directory in dict.fromkeys(of.values()))
 
     def holds(self, pid: int) -> bool:
         """Is the process in every directory of this group? The kernel's word."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from fumehood.model import Limits
-from fumehood.runtime.native.cgroup_tree import Directory, wait
+from fumehood.runtime.host.cgroup_tree import Directory, wait
 
 PERIOD_US = 100_000
 DOOR = "cgroup.procs"

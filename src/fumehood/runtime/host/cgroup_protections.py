@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fumehood.model import Enforcement, Limits, Protection
-from fumehood.runtime.native.cgroup_layout import Layout
+from fumehood.runtime.host.cgroup_layout import Layout
 
 FIX = (
     "run the supervisor as root, or start it with systemd-run --user --scope -p Delegate=yes; as a system service: "
