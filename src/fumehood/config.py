@@ -19,7 +19,7 @@ from typing import Any
 from fumehood.errors import InvalidInput
 from fumehood.model import check_id
 
-TIERS = ("auto", "native", "oci", "microvm", "fake")  # "auto" never chooses fake
+TIERS = ("auto", "native", "firecracker", "qemu", "fake")  # "auto" never chooses fake
 _PREFIX = "FUMEHOOD_"
 _GIB = 1 << 30
 
@@ -46,6 +46,14 @@ class Config:
     default_policy: str = _setting("default", "a preset's name or a path, where a call names no policy")
     zygote_start_timeout_s: float = _setting(20.0, "building a template's root and preloading", low=0.01, high=3600)
     agent_timeout_s: float = _setting(5.0, "until a new sandbox's agent must have spoken", low=0.01, high=3600)
+
+    # -- microVMs
+    firecracker: str = _setting("", "its program, with jailer beside it; empty = found on PATH")
+    qemu: str = _setting("", "qemu-system-x86_64 as a path; empty = found on PATH")
+    microvm_boot_timeout_s: float = _setting(300.0, "until a machine that boots must have answered", low=1, high=3600)
+    snapshot_budget_bytes: int = _setting(
+        32 * _GIB, "of the disk for snapshots of sandboxes; more are refused", low=1 << 20, high=1 << 50
+    )
 
     # -- the client
     url: str = _setting("", "a server for Sandbox() and the command line: http://, https:// or unix:/path; empty = embedded")

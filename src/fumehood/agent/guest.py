@@ -35,7 +35,7 @@ _ENVIRON = {
     "MPLCONFIGDIR": "/tmp/.mpl",
     **{f"{name}_NUM_THREADS": "1" for name in ("OPENBLAS", "OMP", "MKL", "NUMEXPR")},
 }
-_READ = ("memory.events", "pids.events")
+_READ = ("memory.events", "pids.events", "pids.current", "pids.peak")
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -158,6 +158,8 @@ class Machine:
         return {
             "oom_kills": self._count("memory.events", "oom_kill"),
             "pids_refused": self._count("pids.events", "max"),
+            "pids": self._number("pids.current"),
+            "pids_peak": self._number("pids.peak"),
             "disk_full": disk.f_bavail == 0 or disk.f_favail == 0,
             "disk_used_bytes": (disk.f_blocks - disk.f_bfree) * disk.f_frsize,
         }
@@ -176,6 +178,9 @@ class Machine:
 
     def _set(self, name: str, value: int) -> None:
         os.pwrite(self._fds[name], str(value).encode(), 0)
+
+    def _number(self, name: str) -> int:
+        return int(os.pread(self._fds[name], 32, 0))
 
     def _count(self, name: str, word: str) -> int:
         lines = os.pread(self._fds[name], 512, 0).decode().splitlines()

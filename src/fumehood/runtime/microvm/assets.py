@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -81,8 +81,11 @@ class Assets:
             raise InvalidInput(f"no asset {kind}/{name}", cause=f"kinds: {', '.join(KINDS)}; names match {_NAME.pattern}")
         return self._root / kind / name
 
-    def publish(self, kind: str, name: str, make: Callable[[Path], Facts], need_bytes: int = 0) -> Manifest:
-        """`make` fills the empty directory that it is given and returns the facts. Replaces what had that name.
+    def publish(
+        self, kind: str, name: str, make: Callable[[Path], Facts], need_bytes: int = 0, known: Iterable[Manifest] = ()
+    ) -> Manifest:
+        """`make` fills the empty directory that it is given and returns the facts. Replaces what had that name. Hard links to
+        files of `known` are not read again.
 
         Raises CapacityExceeded when the disk has less than `need_bytes` and a reserve, or fills up meanwhile, and what `make`
         raises; nothing is left of it then.
@@ -93,7 +96,8 @@ class Assets:
         _check_space(target.parent, need_bytes)
         with _unfinished(target.parent) as made, _full_disk(name):
             facts = make(made)
-            files = {p.relative_to(made).as_posix(): _stamp(p) for p in sorted(made.rglob("*")) if p.is_file()}
+            seen = {(s.inode, s.size_bytes, s.mtime_ns): s for manifest in known for s in manifest.files.values()}
+            files = {p.relative_to(made).as_posix(): _stamp(p, seen) for p in sorted(made.rglob("*")) if p.is_file()}
             manifest = Manifest(kind, name, target, files, facts)
             (made / MANIFEST).write_text(_to_json(manifest))
             for path in (*made.rglob("*"), made):
@@ -205,9 +209,9 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _stamp(path: Path) -> Stamp:
+def _stamp(path: Path, seen: Mapping[tuple[int, int, int], Stamp]) -> Stamp:
     s = path.stat()
-    return Stamp(sha256(path), s.st_size, s.st_ino, s.st_mtime_ns)
+    return seen.get((s.st_ino, s.st_size, s.st_mtime_ns)) or Stamp(sha256(path), s.st_size, s.st_ino, s.st_mtime_ns)
 
 
 def _fault(path: Path, stamp: Stamp, thorough: bool) -> str:

@@ -1,0 +1,158 @@
+"""The microVM tier: every sandbox is a machine that goes on from a golden snapshot, with a kernel of its own.
+
+The host's word: processor time and memory are the monitor's control group's, its end is its pidfd's. What ran out inside is the
+guest kernel's word, told by its PID 1: enough for the fate of its own user, who can't reach PID 1 (H16).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from base64 import b64encode
+from collections.abc import Callable, Mapping
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from typing import Any
+
+from fumehood.config import Config
+from fumehood.errors import InvalidInput, ProtectionUnavailable, Unsupported
+from fumehood.events import Event
+from fumehood.model import FileRules, Limits, Protection, SandboxSpec
+from fumehood.runtime.base import Capabilities, Stats, missing
+from fumehood.runtime.host.accounting import Account
+from fumehood.runtime.host.waiting import readable
+from fumehood.runtime.microvm import protections
+from fumehood.runtime.microvm.assets import Manifest
+from fumehood.runtime.microvm.golden import Golden, Origin, machine_bytes
+from fumehood.runtime.microvm.machine import Machine, Vmm
+from fumehood.runtime.microvm.places import Places, monitors
+
+ENTROPY_BYTES = 64
+_LATE = frozenset({"cpus", "cpu_weight", "pids", "disk_bytes"})
+
+
+class MicrovmHandle:
+    """One live machine. `origin` is what it runs from; `_undo` gives back, in reverse, whatever its start took."""
+
+    def __init__(self, sandbox_id: str, machine: Machine, origin: Origin, account: Account, stated: tuple[Protection, ...]) -> None:
+        self.sandbox_id, self.machine, self.origin, self.protections = sandbox_id, machine, origin, stated
+        self._account, self._told = account, dict[str, Any]()
+        self._undo = AsyncExitStack()
+
+    async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        return await self.machine.connect()
+
+    async def pause(self) -> None:
+        await self.machine.pause()
+
+    async def resume(self) -> None:
+        await self.machine.resume()
+
+    def identity(self, spec: SandboxSpec) -> dict[str, Any]:
+        """All that machines of one snapshot would share otherwise (H20), and the bounds that the guest's kernel keeps."""
+        limits = spec.limits
+        return {
+            "clock_s": time.time(),
+            "entropy": b64encode(os.urandom(ENTROPY_BYTES)).decode(),
+            "hostname": spec.hostname,
+            "limits": {"memory_bytes": limits.memory_bytes, "pids": limits.pids, "disk_bytes": limits.disk_bytes},
+        }
+
+    def told(self, account: Mapping[str, Any]) -> None:
+        self._told.update(account)
+
+    def stats(self) -> Stats:
+        stats = self._account.reading()
+        usage = replace(stats.usage, peak_pids=self._count("pids_peak"))
+        ooms = stats.oom_kills + self._count("oom_kills")
+        return replace(stats, usage=usage, pids=self._count("pids"), oom_kills=ooms, pids_refused=self._count("pids_refused"))
+
+    def disk_is_full(self) -> bool:
+        return self._told.get("disk_full") is True
+
+    def disk_used_bytes(self) -> int:
+        return self._count("disk_used_bytes")
+
+    def _count(self, name: str) -> int:
+        value = self._told.get(name)
+        return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62 else 0
+
+    async def limit(self, limits: Limits) -> None:
+        """The host's part; the guest's part goes with the next bind. Raises InvalidInput for more memory than there is."""
+        if limits.memory_bytes > self.origin.machine.memory_bytes:
+            raise InvalidInput("a machine's memory is what it was started with", remediation="create another sandbox")
+        self._account.apply(monitors(limits, self.origin.machine.memory_bytes))
+
+    async def kill(self) -> None:
+        if self.machine.pidfd >= 0:
+            _kill(self.machine.pidfd)
+            self._account.thaw()
+            await self.wait_dead()
+
+    async def wait_dead(self) -> None:
+        if self.machine.pidfd >= 0:
+            await readable(self.machine.pidfd)
+
+    async def aclose(self) -> None:
+        await self._undo.aclose()
+
+
+class MicrovmRuntime:
+    """`kernel`: which one this host's guests boot with. Raises ProtectionUnavailable where the monitor can't run."""
+
+    late_limits = _LATE
+
+    def __init__(self, config: Config, vmm: Vmm, kernel: Callable[[], Manifest], jailed: str) -> None:
+        self.tier = vmm.name
+        self._config, self._vmm = config, vmm
+        self._places = Places(config)
+        self._golden = Golden(config, vmm, self._places, kernel)
+        rootless = os.geteuid() != 0
+        self.protections = protections.state(self._places.layout, rootless=rootless, jailed="" if rootless else jailed)
+
+    def capabilities(self) -> Capabilities:
+        return Capabilities(self.tier, available=True, protections=self.protections, snapshot=True, fork=True)
+
+    async def start(self, spec: SandboxSpec, sandbox_id: str, on_event: Callable[[Event], None]) -> MicrovmHandle:
+        """Raises ProtectionUnavailable, Unsupported, CapacityExceeded, SetupFailed; whatever was taken is given back."""
+        self._check(spec)
+        return await self._run(await self._golden.of(spec), spec, sandbox_id)
+
+    def _check(self, spec: SandboxSpec) -> None:
+        if lacking := missing(spec.require, self.protections):
+            raise ProtectionUnavailable(
+                "required protections can't be enforced: " + ", ".join(p.name for p in lacking),
+                cause="; ".join(f"{p.name} is {p.state}: {p.detail}" for p in lacking),
+                remediation="; ".join(p.fix for p in lacking if p.fix) or "see `fumehood doctor`",
+            )
+        for what, wanted in {"files": spec.files != FileRules(), "seccomp": spec.seccomp is not None}.items():
+            if wanted:
+                raise Unsupported(
+                    f"the tier {self.tier} does not keep rules for {what}",
+                    cause="they are not applied in guests yet, and nothing is weakened silently",
+                    remediation="leave them out, or use the tier native",
+                )
+
+    async def _run(self, origin: Origin, spec: SandboxSpec, sandbox_id: str) -> MicrovmHandle:
+        if machine_bytes(spec.limits.memory_bytes) > origin.machine.memory_bytes:
+            raise InvalidInput("the snapshot's machine has less memory than that", remediation="ask for less")
+        async with AsyncExitStack() as undo:
+            place, account = await undo.enter_async_context(self._places.taken(origin.machine.memory_bytes, spec.limits))
+            machine = await self._vmm.restore(origin.machine, origin.directory, place)
+            undo.push_async_callback(machine.aclose)
+            account.entered(machine.pid)  # before a byte of a caller's: what it was started with is no proof (H13)
+            handle = MicrovmHandle(sandbox_id, machine, origin, account, self.protections)
+            handle._undo = undo.pop_all()  # pyright: ignore[reportPrivateUsage]
+            return handle
+
+    async def aclose(self) -> None:
+        self._places.aclose()
+
+
+def _kill(pidfd: int) -> None:
+    try:
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    except ProcessLookupError:
+        return  # it is dead already, which is what was wanted
