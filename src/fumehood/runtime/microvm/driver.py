@@ -11,7 +11,7 @@ import os
 import signal
 import time
 from base64 import b64encode
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from typing import Any
@@ -20,13 +20,15 @@ from fumehood.config import Config
 from fumehood.errors import InvalidInput, ProtectionUnavailable, Unsupported
 from fumehood.events import Event
 from fumehood.model import FileRules, Limits, Protection, SandboxSpec
-from fumehood.runtime.base import Capabilities, Stats, missing
+from fumehood.runtime.base import Capabilities, Handle, SnapshotFacts, Stats, missing
 from fumehood.runtime.host.accounting import Account
 from fumehood.runtime.host.waiting import readable
 from fumehood.runtime.microvm import protections
 from fumehood.runtime.microvm.assets import Manifest
-from fumehood.runtime.microvm.golden import Golden, Origin, machine_bytes
+from fumehood.runtime.microvm.copies import Copies
+from fumehood.runtime.microvm.golden import Golden, machine_bytes
 from fumehood.runtime.microvm.machine import Machine, Vmm
+from fumehood.runtime.microvm.origin import Origin
 from fumehood.runtime.microvm.places import Places, monitors
 
 ENTROPY_BYTES = 64
@@ -38,6 +40,7 @@ class MicrovmHandle:
 
     def __init__(self, sandbox_id: str, machine: Machine, origin: Origin, account: Account, stated: tuple[Protection, ...]) -> None:
         self.sandbox_id, self.machine, self.origin, self.protections = sandbox_id, machine, origin, stated
+        self.paused = False
         self._account, self._told = account, dict[str, Any]()
         self._undo = AsyncExitStack()
 
@@ -46,9 +49,11 @@ class MicrovmHandle:
 
     async def pause(self) -> None:
         await self.machine.pause()
+        self.paused = True
 
     async def resume(self) -> None:
         await self.machine.resume()
+        self.paused = False
 
     def identity(self, spec: SandboxSpec) -> dict[str, Any]:
         """All that machines of one snapshot would share otherwise (H20), and the bounds that the guest's kernel keeps."""
@@ -109,6 +114,7 @@ class MicrovmRuntime:
         self._config, self._vmm = config, vmm
         self._places = Places(config)
         self._golden = Golden(config, vmm, self._places, kernel)
+        self._copies = Copies(config, self._places, vmm.name)
         rootless = os.geteuid() != 0
         self.protections = protections.state(self._places.layout, rootless=rootless, jailed="" if rootless else jailed)
 
@@ -139,6 +145,7 @@ class MicrovmRuntime:
         if machine_bytes(spec.limits.memory_bytes) > origin.machine.memory_bytes:
             raise InvalidInput("the snapshot's machine has less memory than that", remediation="ask for less")
         async with AsyncExitStack() as undo:
+            undo.enter_context(origin.held())
             place, account = await undo.enter_async_context(self._places.taken(origin.machine.memory_bytes, spec.limits))
             machine = await self._vmm.restore(origin.machine, origin.directory, place)
             undo.push_async_callback(machine.aclose)
@@ -147,8 +154,53 @@ class MicrovmRuntime:
             handle._undo = undo.pop_all()  # pyright: ignore[reportPrivateUsage]
             return handle
 
+    async def snapshot(self, handle: Handle, snapshot_id: str) -> SnapshotFacts:
+        """Raises Conflict, CapacityExceeded, SetupFailed, SandboxGone."""
+        ours = _own(handle)
+        return await self._copies.keep(ours.machine, ours.origin, ours.sandbox_id, snapshot_id, paused=ours.paused)
+
+    async def restore(
+        self, snapshot_id: str, spec: SandboxSpec, sandbox_id: str, on_event: Callable[[Event], None]
+    ) -> MicrovmHandle:
+        self._check(spec)
+        origin = await self._copies.open(snapshot_id, await self._golden.current())
+        with origin.held():
+            return await self._run(origin, spec, sandbox_id)
+
+    async def fork(
+        self, handle: Handle, spec: SandboxSpec, sandbox_ids: Sequence[str], on_event: Callable[[str, Event], None]
+    ) -> list[Handle]:
+        ours = _own(handle)
+        async with self._copies.passing(ours.machine, ours.origin, paused=ours.paused) as origin:
+            runs = [asyncio.create_task(self._run(origin, spec, sandbox_id)) for sandbox_id in sandbox_ids]
+            try:
+                return list[Handle](await asyncio.gather(*runs))
+            except BaseException:
+                await self._end(runs)
+                raise
+
+    async def _end(self, runs: Sequence[asyncio.Task[MicrovmHandle]]) -> None:
+        """All of them, those that are still on their way too."""
+        for run in runs:
+            run.cancel()
+        for made in await asyncio.gather(*runs, return_exceptions=True):
+            if isinstance(made, MicrovmHandle):
+                await made.aclose()
+
+    def snapshots(self) -> list[SnapshotFacts]:
+        return self._copies.all()
+
+    async def discard(self, snapshot_id: str) -> None:
+        await self._copies.discard(snapshot_id)
+
     async def aclose(self) -> None:
         self._places.aclose()
+
+
+def _own(handle: Handle) -> MicrovmHandle:
+    if not isinstance(handle, MicrovmHandle):
+        raise TypeError(f"a {type(handle).__name__} is another tier's")
+    return handle
 
 
 def _kill(pidfd: int) -> None:

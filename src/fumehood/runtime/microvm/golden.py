@@ -7,12 +7,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fumehood.agent import wire
 from fumehood.config import Config
 from fumehood.errors import SetupFailed, Unsupported
 from fumehood.model import MIB, Limits, SandboxSpec
@@ -20,23 +19,14 @@ from fumehood.runtime.link import Link
 from fumehood.runtime.microvm import kvm
 from fumehood.runtime.microvm.assets import Assets, Facts, Manifest
 from fumehood.runtime.microvm.image import ROOTFS
-from fumehood.runtime.microvm.machine import MEMORY, STATE, MachineSpec, Vmm
+from fumehood.runtime.microvm.machine import Vmm
+from fumehood.runtime.microvm.origin import INITRD, KERNEL, Origin, link, machine_in, of_asset
 from fumehood.runtime.microvm.places import Places
 
 FORMAT = 1
 STEP_BYTES = 256 * MIB  # machines come in multiples of it, so that few golden snapshots serve all limits
 RESERVE_BYTES = 64 * MIB  # of a machine's memory, for its kernel and PID 1
-KERNEL, INITRD = "kernel", "initrd"
 _BOOT = Limits(cpus=4.0)
-
-
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """What machines run from: a directory with STATE and MEMORY, and the machine that they go on as."""
-
-    directory: Path
-    machine: MachineSpec
-    facts: Facts
 
 
 class Golden:
@@ -56,7 +46,7 @@ class Golden:
             )
         kernel, image = await asyncio.to_thread(lambda: (self._kernel(), self._assets.load("images", spec.template.name)))
         facts = await self._facts(kernel, image, spec)
-        name = f"{self._vmm.name}-{spec.template.name}-{_digest(facts)[:16]}"
+        name = f"{self._vmm.name}-{spec.template.name}-{_digest(facts)[:16]}"  # what an asset's name may have: 64 characters
         async with self._making.setdefault(name, asyncio.Lock()):
             if name not in self._known:
                 self._known[name] = await self._found_or_made(name, kernel, image, facts)
@@ -70,9 +60,7 @@ class Golden:
             if kernel.name == "pvm":  # its delay loop can't be calibrated either
                 words.append(f"lpj={khz * 10}")
         return {
-            "format": FORMAT,
-            "vmm": self._vmm.name,
-            "version": await self._vmm.version(),
+            **await self.current(),
             "kernel": kernel.digest,
             "image": image.digest,
             "generation": image.facts["generation"],
@@ -80,20 +68,30 @@ class Golden:
             "memory_bytes": machine_bytes(spec.limits.memory_bytes),
         }
 
+    async def current(self) -> dict[str, Any]:
+        """What a snapshot must agree with to be run here."""
+        return {
+            "format": FORMAT,
+            "vmm": self._vmm.name,
+            "version": await self._vmm.version(),
+            "generation": wire.GENERATION,
+        }
+
     async def _found_or_made(self, name: str, kernel: Manifest, image: Manifest, facts: Facts) -> Origin:
         try:
-            return origin(await asyncio.to_thread(self._assets.load, "snapshots", name))
+            found = await asyncio.to_thread(self._assets.load, "snapshots", name)
         except SetupFailed:
-            return origin(await self._made(name, kernel, image, facts))
+            found = await self._made(name, kernel, image, facts)
+            await asyncio.to_thread(self._forget_older, found)
+        return await asyncio.to_thread(of_asset, found, self._places.directory / name, kept=True)
 
     async def _made(self, name: str, kernel: Manifest, image: Manifest, facts: Facts) -> Manifest:
         loop = asyncio.get_running_loop()
+        files = {ROOTFS: image.path(ROOTFS), KERNEL: _kernel_file(kernel, self._vmm)}
+        files |= {INITRD: kernel.path(INITRD)} if INITRD in kernel.files else {}
 
         def make(directory: Path) -> Facts:
-            files = {ROOTFS: image.path(ROOTFS), KERNEL: _kernel_file(kernel, self._vmm)}
-            files |= {INITRD: kernel.path(INITRD)} if INITRD in kernel.files else {}
-            for file, source in files.items():
-                os.link(source, directory / file)
+            link(files.items(), directory)
             asyncio.run_coroutine_threadsafe(self._boot(directory, facts), loop).result()
             return facts
 
@@ -101,8 +99,16 @@ class Golden:
             self._assets.publish, "snapshots", name, make, facts["memory_bytes"], known=(kernel, image)
         )
 
+    def _forget_older(self, made: Manifest) -> None:
+        """Those of the same kind that no machine starts from any more: their kernel, image or monitor is another now."""
+        kind = made.name.rpartition("-")[0]
+        for other in self._assets.all("snapshots"):
+            if isinstance(other, Manifest) and other.name.rpartition("-")[0] == kind:
+                if {**other.facts, "memory_bytes": 0} != {**made.facts, "memory_bytes": 0}:
+                    self._assets.remove("snapshots", other.name)
+
     async def _boot(self, directory: Path, facts: Facts) -> None:
-        machine_spec = _machine(directory, facts)
+        machine_spec = machine_in(directory, facts)
         async with self._places.taken(machine_spec.memory_bytes, _BOOT) as (place, account):
             machine = await self._vmm.boot(machine_spec, place)
             try:
@@ -124,36 +130,14 @@ class Golden:
                 await machine.aclose()
 
 
-def origin(snapshot: Manifest) -> Origin:
-    for file in (STATE, MEMORY, ROOTFS, KERNEL):
-        snapshot.path(file)
-    return Origin(snapshot.directory, _machine(snapshot.directory, snapshot.facts), snapshot.facts)
-
-
-def moved(source: Origin, directory: Path) -> Origin:
-    """The same machine with its files in another directory."""
-    return replace(source, directory=directory, machine=_machine(directory, source.facts))
-
-
 def machine_bytes(memory_bytes: int) -> int:
     """Of the machine in which user code may have so much."""
     return -(-(memory_bytes + RESERVE_BYTES) // STEP_BYTES) * STEP_BYTES
-
-
-def _machine(directory: Path, facts: Facts) -> MachineSpec:
-    initrd = directory / INITRD
-    return MachineSpec(
-        kernel=directory / KERNEL,
-        rootfs=directory / ROOTFS,
-        boot_args=facts["boot_args"],
-        memory_bytes=facts["memory_bytes"],
-        initrd=initrd if initrd.exists() else None,
-    )
 
 
 def _kernel_file(kernel: Manifest, vmm: Vmm) -> Path:
     return kernel.path("vmlinux" if vmm.name == "firecracker" else "bzImage")
 
 
-def _digest(facts: dict[str, Any] | Facts) -> str:
+def _digest(facts: Facts) -> str:
     return hashlib.sha256(json.dumps(dict(facts), sort_keys=True).encode()).hexdigest()
