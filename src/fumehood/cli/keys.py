@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import secrets
-import time
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -44,22 +40,15 @@ def create(
     """Make a key for the server of this state directory and print it: the only time that its secret is shown."""
 
     async def work() -> int:
-        key_id, secret = secrets.token_hex(8), secrets.token_hex(24)
-        key = ApiKey(
-            key_id,
-            check_id(tenant, "--tenant"),
-            hashlib.sha256(secret.encode()).hexdigest(),
-            _scopes(scope),
-            name,
-            KeyLimits(requests_per_s, burst, concurrent, sandboxes, priority),
-            frozenset(compat or ()),
-            time.time(),
-        )
+        from fumehood.store.keys import mint, public
+
+        limits = KeyLimits(requests_per_s, burst, concurrent, sandboxes, priority)
+        whose, switches = check_id(tenant, "--tenant"), frozenset(compat or ())
+        text, key = mint(whose, _scopes(scope), name, limits, switches, "e2b" if e2b else "fh")
         async with _store() as store:
             await store.add_key(key)
-        text = f"{'e2b' if e2b else 'fh'}_{key_id}{secret}"
         if as_json:
-            exits.print_json({"api_key": text, **_public(key)})
+            exits.print_json({"api_key": text, **public(key)})
         else:
             print(text)
         return 0
@@ -76,10 +65,12 @@ def list_(
     """List keys; their secrets are kept nowhere."""
 
     async def work() -> int:
+        from fumehood.store.keys import public
+
         async with _store() as store:
             keys = [k for k in await store.keys(tenant) if everything or k.revoked_at is None]
         if as_json:
-            exits.print_json({"keys": [_public(k) for k in keys]})
+            exits.print_json({"keys": [public(k) for k in keys]})
         else:
             rows = [(k.id, k.tenant, k.name, ",".join(sorted(k.scopes)), show.clock(k.created_at), _state(k)) for k in keys]
             show.table(["id", "tenant", "name", "scopes", "made", "state"], rows)
@@ -127,13 +118,6 @@ async def _store() -> AsyncGenerator[Store]:
         yield store
     finally:
         await store.aclose()
-
-
-def _public(key: ApiKey) -> dict[str, Any]:
-    """All but the digest: nobody needs to see it."""
-    facts = {f.name: getattr(key, f.name) for f in dataclasses.fields(key) if f.name != "digest"}
-    lists = {"scopes": sorted(key.scopes), "compat": sorted(key.compat)}
-    return facts | lists | {"limits": dataclasses.asdict(key.limits)}
 
 
 def _state(key: ApiKey) -> str:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
-import secrets
-import time
 from collections.abc import AsyncGenerator
 from dataclasses import asdict, fields
 from typing import Annotated, Any
@@ -24,7 +21,8 @@ from fumehood.gateway.metrics import CONTENT_TYPE, exposition
 from fumehood.gateway.pour import Pour
 from fumehood.policy.load import preset_names
 from fumehood.policy.resolve import TEMPLATES, resolve
-from fumehood.records import ApiKey, EventRecord, KeyLimits
+from fumehood.records import EventRecord, KeyLimits
+from fumehood.store.keys import mint, public
 
 router = APIRouter(tags=["server"])
 _REPLAYED = 500  # events that a listener who comes back may have missed at most
@@ -106,18 +104,16 @@ async def metrics(call: AdminCalled, request: Request) -> Response:
 
 @router.get("/v1/keys", tags=["admin"])
 async def keys(call: AdminCalled, tenant: Annotated[str | None, Query()] = None) -> Response:
-    return answer({"keys": [_public(key) for key in await call.service.store.keys(tenant)]})
+    return answer({"keys": [public(key) for key in await call.service.store.keys(tenant)]})
 
 
 @router.post("/v1/keys", status_code=201, tags=["admin"])
 async def make_key(call: AdminCalled, body: schema.NewKey) -> Response:
     """Its text is in this answer and nowhere else."""
-    key_id, secret = secrets.token_hex(8), secrets.token_hex(24)
-    digest = hashlib.sha256(secret.encode()).hexdigest()
-    scopes, compat = frozenset(body.scopes), frozenset(body.compat)
-    key = ApiKey(key_id, body.tenant, digest, frozenset[str](scopes), body.name, _limits(body.limits), compat, time.time())
+    scopes, compat = frozenset[str](body.scopes), frozenset(body.compat)
+    text, key = mint(body.tenant, scopes, body.name, _limits(body.limits), compat)
     await call.service.store.add_key(key)
-    return answer({"api_key": f"fh_{key_id}{secret}", **_public(key)}, 201)
+    return answer({"api_key": text, **public(key)}, 201)
 
 
 @router.delete("/v1/keys/{key_id}", status_code=204, tags=["admin"])
@@ -138,10 +134,3 @@ def _limits(given: dict[str, float]) -> KeyLimits:
     if not 0.01 <= limits.requests_per_s <= 1e6 or not 1 <= least <= 1e6 or limits.sandboxes < 0 or abs(limits.priority) > 10:
         raise InvalidInput("a limit is out of range", cause=str(asdict(limits)), remediation="see fumehood keys create --help")
     return limits
-
-
-def _public(key: ApiKey) -> dict[str, Any]:
-    """All but the digest: nobody needs to see it."""
-    shown = {**asdict(key), "scopes": sorted(key.scopes), "compat": sorted(key.compat)}
-    del shown["digest"]
-    return shown
