@@ -38,7 +38,9 @@ _LATE = frozenset({"cpus", "cpu_weight", "pids", "disk_bytes"})
 class MicrovmHandle:
     """One live machine. `origin` is what it runs from; `_undo` gives back, in reverse, whatever its start took."""
 
-    def __init__(self, sandbox_id: str, machine: Machine, origin: Origin, account: Account, stated: tuple[Protection, ...]) -> None:
+    def __init__(
+        self, sandbox_id: str, machine: Machine, origin: Origin, account: Account, stated: tuple[Protection, ...]
+    ) -> None:
         self.sandbox_id, self.machine, self.origin, self.protections = sandbox_id, machine, origin, stated
         self.paused = False
         self._account, self._told = account, dict[str, Any]()

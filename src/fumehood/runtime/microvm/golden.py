@@ -103,9 +103,10 @@ class Golden:
         """Those of the same kind that no machine starts from any more: their kernel, image or monitor is another now."""
         kind = made.name.rpartition("-")[0]
         for other in self._assets.all("snapshots"):
-            if isinstance(other, Manifest) and other.name.rpartition("-")[0] == kind:
-                if {**other.facts, "memory_bytes": 0} != {**made.facts, "memory_bytes": 0}:
-                    self._assets.remove("snapshots", other.name)
+            if not isinstance(other, Manifest) or other.name.rpartition("-")[0] != kind:
+                continue
+            if {**other.facts, "memory_bytes": 0} != {**made.facts, "memory_bytes": 0}:
+                self._assets.remove("snapshots", other.name)
 
     async def _boot(self, directory: Path, facts: Facts) -> None:
         machine_spec = machine_in(directory, facts)

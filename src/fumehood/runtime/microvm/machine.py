@@ -80,7 +80,7 @@ class Vmm(Protocol):
         ...
 
     async def restore(self, spec: MachineSpec, snapshot: Path, place: Place) -> Machine:
-        """Goes on from `snapshot`, a directory with STATE and MEMORY that a machine of the same `spec` made: copy on write, so any
-        number may. Raises SetupFailed, and leaves nothing.
+        """Goes on from `snapshot`, a directory with STATE and MEMORY that a machine of the same `spec` made: copy on write, so
+        any number may. Raises SetupFailed, and leaves nothing.
         """
         ...

@@ -1,4 +1,4 @@
-"""What machines run from: the files of a snapshot, by hard links of our own, so that they stay whatever becomes of the asset."""
+"""What machines run from: a snapshot's files, by hard links of our own, so that they stay whatever becomes of the asset."""
 
 from __future__ import annotations
 

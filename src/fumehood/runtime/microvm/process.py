@@ -21,7 +21,8 @@ _ENVIRON = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bi
 _ENTER = 'while [ "$1" != -- ]; do echo 0 > "$1" || exit 125; shift; done; shift; exec "$@"'
 _NAMESPACES = ("unshare", "--net", "--ipc", "--uts", "--")
 # --pdeathsig: of those that change no uid afterwards, which takes it off (commit_creds()); root's are found by their groups.
-_LIMITS = ("prlimit", "--core=0", "--nofile=1024", "--memlock=0", "--", "setpriv", "--no-new-privs", "--pdeathsig", "KILL", "--")
+_LIMITS = ("prlimit", "--core=0", "--nofile=1024", "--memlock=0", "--")
+_PRIVILEGES = ("setpriv", "--no-new-privs", "--pdeathsig", "KILL", "--")
 
 
 class Monitor:
@@ -37,7 +38,7 @@ class Monitor:
     @classmethod
     def start(cls, command: Sequence[str], place: Place, *, pass_fds: Sequence[int] = ()) -> Monitor:
         """`command` in the place's directory. Raises SetupFailed."""
-        jail = (*(_NAMESPACES if place.uid is not None else ()), *_LIMITS)
+        jail = (*(_NAMESPACES if place.uid is not None else ()), *_LIMITS, *_PRIVILEGES)
         argv = ["/bin/sh", "-c", _ENTER, "sh", *place.doors, "--", *jail, *command]
         try:
             process = subprocess.Popen(

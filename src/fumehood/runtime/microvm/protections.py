@@ -34,7 +34,7 @@ def state(layout: Layout, *, rootless: bool, jailed: str) -> tuple[Protection, .
     """`jailed`: what keeps the monitor in, empty for nothing."""
     rows = [Protection(name, ENFORCED, detail) for name, detail in _OWN_KERNEL.items()]
     rows.append(Protection("monitor-jail", ENFORCED if jailed else OFF, jailed, "" if jailed else "run the supervisor as root"))
-    rows.append(Protection("seccomp", DEGRADED, "the monitor has a filter of its own; user code's calls reach the guest's kernel"))
+    rows.append(Protection("seccomp", DEGRADED, "the monitor has a filter; user code's calls reach the guest's kernel"))
     rows.append(Protection("landlock", OFF, "not in the guest: its user owns all that it can write"))
     rows.append(Protection("syscall-count", OFF, "the guest's refusals are not counted"))
     rows.append(
