@@ -7,7 +7,8 @@ from typing import Any
 from . import files
 from .loop import Refused
 
-LIMITS = ("memory_bytes", "pids", "disk_bytes")
+LIMITS = ("memory_bytes", "pids", "disk_bytes", "inodes", "open_files")
+RULES = ("writable", "read_only", "hidden")
 _ABSENT: Any = object()
 
 
@@ -57,6 +58,13 @@ class Args:
         if any(name not in LIMITS or type(value) is not int or value <= 0 for name, value in limits.items()):
             raise Refused("invalid", f"'limits' must map {', '.join(LIMITS)} to positive integers")
         return limits
+
+    def rules(self) -> dict[str, list[str]]:
+        rules = self.get("files", dict, {})
+        for name, paths in rules.items():
+            if name not in RULES or not isinstance(paths, list) or not all(isinstance(p, str) and p[:1] == "/" for p in paths):
+                raise Refused("invalid", f"'files' must map {', '.join(RULES)} to lists of absolute paths")
+        return rules
 
     def natural(self, name: str, default: Any) -> int | None:
         value = self.get(name, int, default)

@@ -17,7 +17,8 @@ RDONLY, NOSUID, NODEV, NOEXEC, REMOUNT, BIND = 1, 2, 4, 8, 32, 4096
 QUIET = NOSUID | NODEV | NOEXEC
 RUN, CGROUP = "/run", "/sys/fs/cgroup"
 # Owned by the user below RUN, shown elsewhere.
-_WRITABLE = {"home": ("/home/user", 0o755), "tmp": ("/tmp", 0o1777), "shm": ("/dev/shm", 0o1777)}
+_PLACES = {"home": ("/home/user", 0o755), "tmp": ("/tmp", 0o1777), "shm": ("/dev/shm", 0o1777)}
+WRITABLE = tuple(target for target, _ in _PLACES.values())
 _NODES = {"null": (1, 3), "zero": (1, 5), "full": (1, 7), "random": (1, 8), "urandom": (1, 9), "tty": (5, 0)}
 _LINKS = {"fd": "/proc/self/fd", "stdin": "fd/0", "stdout": "fd/1", "stderr": "fd/2", "ptmx": "pts/ptmx"}
 _CONSOLE = (5, 1)
@@ -53,7 +54,7 @@ def file_systems(uid: int) -> None:
     mount("sysfs", "/sys", "sysfs", QUIET | RDONLY)
     mount("cgroup2", CGROUP, "cgroup2", QUIET)
     mount("run", RUN, "tmpfs", NOSUID | NODEV, "mode=755")
-    for name, (target, mode) in _WRITABLE.items():
+    for name, (target, mode) in _PLACES.items():
         os.mkdir(f"{RUN}/{name}", mode)
         os.chown(f"{RUN}/{name}", uid, uid)
         mount(f"{RUN}/{name}", target, flags=BIND)
@@ -90,9 +91,9 @@ def open_device(major: int, minor: int, flags: int = 0) -> int:
         os.unlink(path)
 
 
-def resize_disk(size_bytes: int) -> None:
+def resize_disk(size_bytes: int, inodes: int) -> None:
     """The tmpfs of all that is writable. Raises OSError when it holds more already."""
-    mount("run", RUN, "tmpfs", REMOUNT | NOSUID | NODEV, f"mode=755,size={size_bytes}")
+    mount("run", RUN, "tmpfs", REMOUNT | NOSUID | NODEV, f"mode=755,size={size_bytes},nr_inodes={inodes}")
 
 
 def loopback() -> None:

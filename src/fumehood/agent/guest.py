@@ -20,14 +20,16 @@ from typing import NoReturn
 
 from . import boot, child, python
 from .channel import Host, find
+from .loop import Refused
+from .rules import Rules, apply
 from .serve import DEFAULT_PATH, HOME, Agent
 
 UID = 1000
 GROUP = f"{boot.CGROUP}/user"
 PR_SET_NO_NEW_PRIVS, PR_CAPBSET_DROP, _CAPABILITY_VERSION_3 = 38, 24, 0x20080522
 RESERVE_BYTES = 32 << 20  # of the guest's memory: for PID 1 and the kernel, out of reach of user code
-PIDS = 1024
-_RLIMITS = {resource.RLIMIT_CORE: 0, resource.RLIMIT_NOFILE: 65_536, resource.RLIMIT_MEMLOCK: 8 << 20}
+PIDS, INODES, OPEN_FILES = 1024, 65_536, 65_536
+_RLIMITS = {resource.RLIMIT_CORE: 0, resource.RLIMIT_NOFILE: OPEN_FILES, resource.RLIMIT_MEMLOCK: 8 << 20}
 _ENVIRON = {
     "PATH": f"/opt/python/bin:{DEFAULT_PATH}",
     "HOME": HOME,
@@ -127,22 +129,41 @@ class Machine:
 
     def __init__(self) -> None:
         names = ("cgroup.procs", "memory.max", "pids.max", *_READ)
+        self._files = OPEN_FILES
         self._fds = {n: os.open(f"{GROUP}/{n}", os.O_CLOEXEC | (os.O_RDONLY if n in _READ else os.O_WRONLY)) for n in names}
         self._ids = {
             n: os.open(f"{boot.RUN}/{n}", os.O_RDWR | os.O_CREAT, 0o444) for n in ("machine-id", "hostname", "boot-id")
         }
         boot.mount(f"{boot.RUN}/boot-id", "/proc/sys/kernel/random/boot_id", flags=boot.BIND)
+        self._fds["pids"] = os.open(f"{GROUP}/cgroup.procs", os.O_RDONLY | os.O_CLOEXEC)
+        self._rules: Rules = {}
         self.limit({})
         self.renew()
 
     def limit(self, limits: Mapping[str, int]) -> None:
-        """`memory_bytes` and `pids` of all user code together, `disk_bytes` of all that it can write. Raises OSError."""
+        """`memory_bytes` and `pids` of all user code together, `disk_bytes` and `inodes` of all that it can write; `open_files`
+        of each process. Raises OSError.
+        """
         most = boot.memory_total_bytes() - RESERVE_BYTES
         self._set("memory.max", min(limits.get("memory_bytes", most), most))
         self._set("pids.max", limits.get("pids", PIDS))
         if "disk_bytes" in limits:
             with _as_root():
-                boot.resize_disk(limits["disk_bytes"])
+                boot.resize_disk(limits["disk_bytes"], limits.get("inodes", INODES))
+        if "open_files" in limits:
+            self._files = limits["open_files"]
+            for pid in os.pread(self._fds["pids"], 1 << 20, 0).split():  # sessions that were forked before
+                resource.prlimit(int(pid), resource.RLIMIT_NOFILE, (self._files, self._files))
+
+    def restrict(self, rules: Rules) -> None:
+        """The file rules of whoever this becomes. Raises Refused, also for others than it has already."""
+        if rules == self._rules:
+            return
+        if self._rules:
+            raise Refused("invalid", "this machine has file rules already")
+        with _as_root():
+            apply(rules)
+        self._rules = rules
 
     def renew(self) -> None:
         """Ids that clones of one snapshot must not share (H20). After the kernel's random numbers were."""
@@ -167,6 +188,7 @@ class Machine:
     def confine(self) -> None:
         """In every child, last thing before user code. Raises OSError, and then nothing of the user's runs."""
         os.write(self._fds["cgroup.procs"], b"0")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (self._files, self._files))
         os.setresgid(UID, UID, UID)
         os.setresuid(UID, UID, UID)  # from 0 to none: takes all capabilities along (capabilities(7))
         header, left = (

@@ -137,12 +137,15 @@ class Agent:
     # -- verbs with more than one line
     def _bind(self, stream: Stream, args: Args) -> Task:
         env, limits, entropy = args.env(), args.limits(), args.get("entropy", str, "")
-        if limits and self._machine is None:
-            raise Refused("unsupported", "the limits are the host's in this tier")
+        rules = args.rules()
+        if (limits or rules) and self._machine is None:
+            raise Refused("unsupported", "limits and file rules are the host's in this tier")
         identity.renew(args.get("clock_s", (int, float), None), entropy, args.get("hostname", str, ""))
         if self._machine is not None:
             self._machine.limit(limits)
             self._machine.renew()
+            if rules:
+                self._machine.restrict(rules)
         if entropy:
             yield from self.contexts.reseed(stream)
         self._bound.update(env)

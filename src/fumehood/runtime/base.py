@@ -120,7 +120,7 @@ class Snapshots(Protocol):
     async def fork(
         self, handle: Handle, spec: SandboxSpec, sandbox_ids: Sequence[str], on_event: Callable[[str, Event], None]
     ) -> list[Handle]:
-        """So many copies of a live sandbox as there are ids, all or none; nothing is kept on the disk but what they run from."""
+        """So many copies of a live sandbox as there are ids, all or none; they go from the disk with the last of them."""
         ...
 
     def snapshots(self) -> list[SnapshotFacts]: ...

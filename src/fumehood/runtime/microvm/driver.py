@@ -13,9 +13,10 @@ import time
 from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
+from fumehood.agent.args import LIMITS
 from fumehood.config import Config
 from fumehood.errors import InvalidInput, ProtectionUnavailable, Unsupported
 from fumehood.events import Event
@@ -32,7 +33,7 @@ from fumehood.runtime.microvm.origin import Origin
 from fumehood.runtime.microvm.places import Places, monitors
 
 ENTROPY_BYTES = 64
-_LATE = frozenset({"cpus", "cpu_weight", "pids", "disk_bytes"})
+_LATE = frozenset({"cpus", "cpu_weight", *LIMITS} - {"memory_bytes"})
 
 
 class MicrovmHandle:
@@ -64,7 +65,8 @@ class MicrovmHandle:
             "clock_s": time.time(),
             "entropy": b64encode(os.urandom(ENTROPY_BYTES)).decode(),
             "hostname": spec.hostname,
-            "limits": {"memory_bytes": limits.memory_bytes, "pids": limits.pids, "disk_bytes": limits.disk_bytes},
+            "limits": {name: getattr(limits, name) for name in LIMITS},
+            **({} if spec.files == FileRules() else {"files": {n: list(paths) for n, paths in asdict(spec.files).items()}}),
         }
 
     def told(self, account: Mapping[str, Any]) -> None:
@@ -135,13 +137,12 @@ class MicrovmRuntime:
                 cause="; ".join(f"{p.name} is {p.state}: {p.detail}" for p in lacking),
                 remediation="; ".join(p.fix for p in lacking if p.fix) or "see `fumehood doctor`",
             )
-        for what, wanted in {"files": spec.files != FileRules(), "seccomp": spec.seccomp is not None}.items():
-            if wanted:
-                raise Unsupported(
-                    f"the tier {self.tier} does not keep rules for {what}",
-                    cause="they are not applied in guests yet, and nothing is weakened silently",
-                    remediation="leave them out, or use the tier native",
-                )
+        if spec.seccomp is not None:
+            raise Unsupported(
+                f"the tier {self.tier} takes no seccomp profile",
+                cause="none is applied in guests, and nothing is weakened silently",
+                remediation="leave it out, or use the tier native",
+            )
 
     async def _run(self, origin: Origin, spec: SandboxSpec, sandbox_id: str) -> MicrovmHandle:
         if machine_bytes(spec.limits.memory_bytes) > origin.machine.memory_bytes:

@@ -18,7 +18,7 @@ from fumehood.model import MIB, Limits, SandboxSpec
 from fumehood.runtime.link import Link
 from fumehood.runtime.microvm import kvm
 from fumehood.runtime.microvm.assets import Assets, Facts, Manifest
-from fumehood.runtime.microvm.image import ROOTFS
+from fumehood.runtime.microvm.image import ROOTFS, agent_digest
 from fumehood.runtime.microvm.machine import Vmm
 from fumehood.runtime.microvm.origin import INITRD, KERNEL, Origin, link, machine_in, of_asset
 from fumehood.runtime.microvm.places import Places
@@ -45,6 +45,12 @@ class Golden:
                 remediation="`fumehood image build NAME --root DIR` makes an image; name it as the template",
             )
         kernel, image = await asyncio.to_thread(lambda: (self._kernel(), self._assets.load("images", spec.template.name)))
+        if image.facts["agent"] != agent_digest():  # an older agent would take what it does not know for nothing
+            raise SetupFailed(
+                f"the image {image.name!r} is of another version",
+                cause="its agent is not this version's",
+                remediation=f"run: fumehood image build {image.name}",
+            )
         facts = await self._facts(kernel, image, spec)
         name = f"{self._vmm.name}-{spec.template.name}-{_digest(facts)[:16]}"  # what an asset's name may have: 64 characters
         async with self._making.setdefault(name, asyncio.Lock()):

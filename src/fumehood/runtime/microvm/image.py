@@ -9,6 +9,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 import fumehood.agent
@@ -104,6 +105,7 @@ def _place(root: Path, name: str) -> Path:
     return directory / Path(name).name
 
 
+@cache
 def agent_digest() -> str:
     """Of the agent's code: an image with another one has to be made again."""
     digest = hashlib.sha256(_INIT.read_bytes())

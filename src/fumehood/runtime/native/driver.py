@@ -19,12 +19,12 @@ from fumehood.model import Limits, Protection, SandboxSpec, Template
 from fumehood.runtime.base import Capabilities, Stats, missing
 from fumehood.runtime.host import accounting, journal
 from fumehood.runtime.host.uids import UidBlock
+from fumehood.runtime.host.waiting import readable
 from fumehood.runtime.link import setup_failure
 from fumehood.runtime.native import landlock, protections, seccomp
 from fumehood.runtime.native.handover import last_words, rlimits, send_plan, step, write_maps
 from fumehood.runtime.native.listeners import Listeners
 from fumehood.runtime.native.mounts import OWN_DIRECTORIES
-from fumehood.runtime.host.waiting import readable
 from fumehood.runtime.native.zygotes import Zygote, shown_in
 
 _BY_GROUPS = frozenset({"cpus", "cpu_weight", "memory_bytes", "swap_bytes", "pids", "io_read_bps", "io_write_bps"})
