@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
+from fumehood.config import Config
 from fumehood.errors import InvalidInput
 
 _PORTS = {"http": 80, "https": 443}
@@ -41,6 +42,12 @@ class Address:
         if not host or parts.username or parts.password or parts.query or parts.fragment or not url.isprintable() or " " in url:
             raise _bad(url)
         return cls(url, host, port, api_key, parts.scheme == "https", prefix=parts.path.rstrip("/"))
+
+    @classmethod
+    def of(cls, config: Config, url: str | None, api_key: str | None) -> Address | None:
+        """What was named, else what is configured; None = in this process. An empty `url` says so against the configured one."""
+        where = config.url if url is None else url
+        return cls.read(where, config.api_key if api_key is None else api_key) if where else None
 
     @property
     def authority(self) -> str:

@@ -32,7 +32,11 @@ class AsyncContexts:
     """Raises NotFound for an unknown id, InvalidInput for a language that the image lacks."""
 
     def __init__(self, box: AsyncSandbox) -> None:
-        self._engine, self._link = box.engine, box.port.link
+        self._engine, self._box = box.engine, box
+
+    @property
+    def _link(self) -> Link:
+        return self._box.port.link  # asked for anew: a rollback of the whole sandbox gives it another
 
     async def create(self, language: str = "python", cwd: str | None = None) -> Context:
         return _context(await self._call("context.create", **_create(language, cwd)))
@@ -58,7 +62,11 @@ class Contexts:
     """AsyncContexts, blocking."""
 
     def __init__(self, box: Sandbox) -> None:
-        self._engine, self._link = box.engine, box.port.link
+        self._engine, self._box = box.engine, box
+
+    @property
+    def _link(self) -> Link:
+        return self._box.port.link  # asked for anew: a rollback of the whole sandbox gives it another
 
     def create(self, language: str = "python", cwd: str | None = None) -> Context:
         return _context(self._call("context.create", **_create(language, cwd)))

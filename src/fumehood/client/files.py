@@ -215,7 +215,11 @@ class AsyncFiles:
     """`~` and relative paths start at /home/user. Raises NotFound, FileFault (errno kept), InvalidInput."""
 
     def __init__(self, box: AsyncSandbox) -> None:
-        self._engine, self._link = box.engine, box.port.link
+        self._engine, self._box = box.engine, box
+
+    @property
+    def _link(self) -> Link:
+        return self._box.port.link  # asked for anew: a rollback of the whole sandbox gives it another
 
     async def read(self, path: str, *, limit_bytes: int = _MAX_READ_BYTES) -> bytes:
         return await await_engine(self._engine, _read(self._link, path, limit_bytes))
@@ -265,7 +269,11 @@ class Files:
     """AsyncFiles, blocking."""
 
     def __init__(self, box: Sandbox) -> None:
-        self._engine, self._link = box.engine, box.port.link
+        self._engine, self._box = box.engine, box
+
+    @property
+    def _link(self) -> Link:
+        return self._box.port.link  # asked for anew: a rollback of the whole sandbox gives it another
 
     def read(self, path: str, *, limit_bytes: int = _MAX_READ_BYTES) -> bytes:
         return block_on(self._engine, _read(self._link, path, limit_bytes))

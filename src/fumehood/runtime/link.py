@@ -14,6 +14,7 @@ from fumehood.errors import (
     FumehoodError,
     InvalidInput,
     NotFound,
+    PolicyError,
     SandboxGone,
     SetupFailed,
     WireError,
@@ -99,7 +100,7 @@ class Stream:
         self._link.forget(self.number)
 
 
-def setup_failure(data: bytes) -> SetupFailed:
+def setup_failure(data: bytes) -> FumehoodError:
     """What a sandbox said instead of going on: a HELLO frame, if it could still speak."""
     try:
         return _setup_failed(wire.Decoder().feed(data)[0].json())
@@ -107,8 +108,12 @@ def setup_failure(data: bytes) -> SetupFailed:
         return SetupFailed("the sandbox could not be set up", cause="it ended without a word")
 
 
-def _setup_failed(hello: dict[str, Any]) -> SetupFailed:
+def _setup_failed(hello: dict[str, Any]) -> FumehoodError:
     failed = wire.table(hello.get("setup_failed"))
+    if failed.get("step") == "file-rules":  # the only step that does what its caller asked for
+        return PolicyError(
+            "the policy's file rules can't hold", cause=str(failed.get("message")), remediation="correct files of the policy"
+        )
     return SetupFailed(f"step {failed.get('step')} of the recipe failed", cause=str(failed.get("message")))
 
 

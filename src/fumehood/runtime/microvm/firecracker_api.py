@@ -15,7 +15,7 @@ from fumehood.runtime.microvm.jailer import API, Jail
 from fumehood.runtime.microvm.process import Monitor
 
 CALL_S = 20.0
-_STEP_S = 0.0005
+_STEP_S, _ENDING_S = 0.0005, 1.0
 _ANSWER_BYTES = 1 << 16
 _Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
@@ -39,6 +39,8 @@ class Api:
             except TimeoutError:
                 raise Fault(f"{request}: no answer within {deadline_s:g} s") from None
             except (OSError, EOFError, ValueError, asyncio.LimitOverrunError) as e:
+                with contextlib.suppress(TimeoutError):  # a process that ends closes its sockets first
+                    await asyncio.wait_for(self._monitor.ended(), _ENDING_S)
                 raise Fault(f"{request}: {e!r}") from None
 
     async def _exchange(self, request: str, body: bytes) -> None:
@@ -67,6 +69,8 @@ class Api:
     async def aclose(self) -> None:
         if self._connection is not None:
             self._connection[1].close()
+            with contextlib.suppress(ConnectionError):
+                await self._connection[1].wait_closed()
             self._connection = None
 
 

@@ -8,7 +8,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
-from fumehood.errors import SetupFailed
+from fumehood.errors import FumehoodError, SetupFailed
 from fumehood.model import Limits
 from fumehood.runtime.link import setup_failure
 from fumehood.runtime.native.root import UID
@@ -22,7 +22,7 @@ def step(what: str) -> Generator[None]:
         raise SetupFailed(f"can't {what}", cause=str(e), remediation="try again; if it stays, run `fumehood doctor`") from e
 
 
-def last_words(channel: socket.socket) -> SetupFailed:
+def last_words(channel: socket.socket) -> FumehoodError:
     try:
         return setup_failure(channel.recv(8192))
     except BlockingIOError:
