@@ -12,7 +12,7 @@ import pytest
 from attack import descendants, native, open_descriptors, processes, switched, until
 
 from fumehood import Sandbox
-from fumehood.errors import SandboxGone, SetupFailed
+from fumehood.errors import PolicyError, SandboxGone, SetupFailed
 
 pytestmark = pytest.mark.rootless
 STEPS = (
@@ -120,7 +120,8 @@ def test_a_step_that_fails_leaves_nothing_and_names_itself(step: str) -> None:
     uids = runtime._uids
     before = (len(open_descriptors()), cgroups(runtime._instance.name + "/s"), sorted(uids._free) if uids else [])
     running = len(descendants(os.getpid()))  # the zygote's spare clone is another one after each creation
-    with switched(fail_at=step), pytest.raises(SetupFailed) as e, Sandbox(tier="native"):
+    raised = PolicyError if step == "file-rules" else SetupFailed
+    with switched(fail_at=step), pytest.raises(raised) as e, Sandbox(tier="native"):
         pass
     assert step in str(e.value) and "asked to fail" in str(e.value)
     until(lambda: len(open_descriptors()) <= before[0], f"descriptors are left: {open_descriptors()}")

@@ -108,5 +108,5 @@ def test_a_look_up_of_a_name_is_an_attempt_to_leave() -> None:
 )
 def test_a_file_rule_that_could_not_hold_means_no_sandbox(files: dict[str, list[str]]) -> None:
     """H13: a path that is not there yet can be neither hidden nor kept from writing."""
-    with pytest.raises(PolicyError, match="file rules"), Sandbox(tier="native", policy={"files": files}):
+    with pytest.raises(PolicyError, match="file-rules"), Sandbox(tier="native", policy={"files": files}):
         pass

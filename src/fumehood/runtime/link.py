@@ -112,7 +112,7 @@ def _setup_failed(hello: dict[str, Any]) -> FumehoodError:
     failed = wire.table(hello.get("setup_failed"))
     if failed.get("step") == "file-rules":  # the only step that does what its caller asked for
         return PolicyError(
-            "the policy's file rules can't hold", cause=str(failed.get("message")), remediation="correct files of the policy"
+            "what the policy says of files can't hold (step file-rules)", cause=str(failed.get("message")), remediation="correct files of the policy"
         )
     return SetupFailed(f"step {failed.get('step')} of the recipe failed", cause=str(failed.get("message")))
 
