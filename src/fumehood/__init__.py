@@ -11,13 +11,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fumehood.client.sandbox import AsyncSandbox, Sandbox
+    from fumehood.client.sandbox import AsyncSandbox, Sandbox, Snapshot
     from fumehood.errors import FumehoodError
     from fumehood.model import Limits, Result
     from fumehood.policy.rules import Policy
 
 __version__ = "0.1.0"
-__all__ = ["AsyncSandbox", "FumehoodError", "Limits", "Policy", "Result", "Sandbox"]
+__all__ = ["AsyncSandbox", "FumehoodError", "Limits", "Policy", "Result", "Sandbox", "Snapshot"]
 
 _HOME = {
     "AsyncSandbox": "fumehood.client.sandbox",
@@ -26,6 +26,7 @@ _HOME = {
     "Policy": "fumehood.policy.rules",
     "Result": "fumehood.model",
     "Sandbox": "fumehood.client.sandbox",
+    "Snapshot": "fumehood.client.sandbox",
 }
 
 

@@ -8,7 +8,24 @@ from typing import Annotated, cast
 import typer
 
 from fumehood import __version__
-from fumehood.cli import cp, demo, doctor, exec, exits, image, keys, logs, mcp, pool, run, sandboxes, serve, shell, top
+from fumehood.cli import (
+    cp,
+    demo,
+    doctor,
+    exec,
+    exits,
+    image,
+    keys,
+    logs,
+    mcp,
+    pool,
+    run,
+    sandboxes,
+    serve,
+    shell,
+    snapshots,
+    top,
+)
 
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # of click, or of the copy that typer brings
 app = typer.Typer(
@@ -34,10 +51,14 @@ for _name, _verb in {
     "pause": sandboxes.pause,
     "resume": sandboxes.resume,
     "kill": sandboxes.kill,
+    "snapshot": snapshots.snapshot,
+    "fork": snapshots.fork,
+    "rollback": snapshots.rollback,
     "templates": pool.templates,
     "pool": pool.pool,
 }.items():
     app.command(name=_name, rich_help_panel="Sandboxes of a running server")(_verb)
+app.add_typer(snapshots.app, name="snapshots", rich_help_panel="Sandboxes of a running server")
 
 
 def _show_version(wanted: bool) -> None:

@@ -104,11 +104,11 @@ async def server(url: str | None, api_key: str | None) -> Address:
 
 
 @asynccontextmanager
-async def admin(url: str | None, api_key: str | None) -> AsyncGenerator[Admin]:
+async def admin(url: str | None, api_key: str | None, *, timeout_s: float = 30.0) -> AsyncGenerator[Admin]:
     from fumehood.client.admin import Admin
 
     found = await server(url, api_key)
-    async with Admin(found.url, found.api_key) as opened:
+    async with Admin(found.url, found.api_key, timeout_s=timeout_s) as opened:
         yield opened
 
 

@@ -22,7 +22,8 @@ Ids = Annotated[list[str], typer.Argument(metavar="ID...", help="Sandboxes, as p
 def create(
     policy: Annotated[str | None, typer.Option(help="A preset or a policy file.")] = None,
     template: Annotated[str | None, typer.Option(help="What the sandbox is made from.")] = None,
-    tier: Annotated[str, typer.Option(help="auto or native.")] = "auto",
+    snapshot: Annotated[str | None, typer.Option(metavar="ID", help="What it goes on from.")] = None,
+    tier: Annotated[str, typer.Option(help="auto, native, firecracker or qemu.")] = "auto",
     memory: Annotated[str | None, typer.Option(help="Memory, such as 512M or 2G.")] = None,
     cpus: Annotated[float | None, typer.Option(help="Processors, such as 0.5.")] = None,
     pids: Annotated[int | None, typer.Option(help="Processes and threads.")] = None,
@@ -44,7 +45,7 @@ def create(
         limits = limits_of(timeout_s=seconds, memory_bytes=memory, cpus=cpus, pids=pids, disk_bytes=disk)
         asked: dict[str, Any] = {"template": template, "limits": limits, "tier": tier, "on_expiry": _ends(on_expiry)}
         asked |= {"auto_resume": auto_resume, "env": pairs(env or [], "--env"), "metadata": pairs(label or [], "--label")}
-        asked |= {"lease_s": None if lease is None else parse_duration(lease), "policy": policy}
+        asked |= {"lease_s": None if lease is None else parse_duration(lease), "policy": policy, "snapshot": snapshot}
         with profiles.named(policy):
             return await _create({k: v for k, v in asked.items() if v is not None}, as_json, url, api_key)
 
@@ -113,37 +114,37 @@ def _row(record: dict[str, Any], now: float) -> list[str]:
 
 def kill(ids: Ids, as_json: JsonOption = False, url: UrlOption = None, api_key: KeyOption = None) -> None:
     """End sandboxes at once; prints the id of each."""
-    _each(ids, lambda admin, path: admin.ask("DELETE", path), as_json, url, api_key)
+    each(ids, lambda admin, name: admin.ask("DELETE", f"/v1/sandboxes/{name}"), as_json, url, api_key)
 
 
 def pause(ids: Ids, as_json: JsonOption = False, url: UrlOption = None, api_key: KeyOption = None) -> None:
     """Stop every process of sandboxes where it is; prints the id of each."""
-    _each(ids, lambda admin, path: admin.ask("POST", f"{path}/pause"), as_json, url, api_key)
+    each(ids, lambda admin, name: admin.ask("POST", f"/v1/sandboxes/{name}/pause"), as_json, url, api_key)
 
 
 def resume(ids: Ids, as_json: JsonOption = False, url: UrlOption = None, api_key: KeyOption = None) -> None:
     """Let paused sandboxes go on; prints the id of each."""
-    _each(ids, lambda admin, path: admin.ask("POST", f"{path}/resume"), as_json, url, api_key)
+    each(ids, lambda admin, name: admin.ask("POST", f"/v1/sandboxes/{name}/resume"), as_json, url, api_key)
 
 
-_Action = Callable[["Admin", str], Awaitable[Any]]
+Action = Callable[["Admin", str], Awaitable[Any]]
 
 
-def _each(ids: list[str], action: _Action, as_json: bool, url: str | None, api_key: str | None) -> None:
-    """One that fails does not keep the others from it. The exit code is the last failure's."""
+def each(ids: list[str], action: Action, as_json: bool, url: str | None, api_key: str | None) -> None:
+    """`action` on each id, as a part of a path. One that fails keeps no other from it. The exit code is the last failure's."""
     from fumehood.client.admin import piece
 
     async def work() -> int:
         code, done, failed = 0, list[str](), dict[str, Any]()
         async with reach.admin(url, api_key) as admin:
-            for sandbox_id in ids:
+            for name in ids:
                 try:
-                    await action(admin, f"/v1/sandboxes/{piece(sandbox_id)}")
+                    await action(admin, piece(name))
                 except FumehoodError as e:
-                    code, failed[sandbox_id] = exits.failure_code(e), e.to_dict()
-                    exits.complain(f"{show.word(sandbox_id)}: {e.message}", e.cause, e.remediation)
+                    code, failed[name] = exits.failure_code(e), e.to_dict()
+                    exits.complain(f"{show.word(name)}: {e.message}", e.cause, e.remediation)
                 else:
-                    done.append(sandbox_id)
+                    done.append(name)
         if as_json:
             exits.print_json({"done": done, "failed": failed, "exit": code})
         else:

@@ -45,7 +45,7 @@ class Address:
 
     @classmethod
     def of(cls, config: Config, url: str | None, api_key: str | None) -> Address | None:
-        """What was named, else what is configured; None = in this process. An empty `url` says so against the configured one."""
+        """What was named, else what is configured. None: in this process; an empty `url` says that."""
         where = config.url if url is None else url
         return cls.read(where, config.api_key if api_key is None else api_key) if where else None
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fumehood.client.calls import await_engine, block_on
+from fumehood.client.port import Link
 
 if TYPE_CHECKING:
     from fumehood.client.sandbox import AsyncSandbox, Sandbox

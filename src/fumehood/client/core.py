@@ -11,7 +11,9 @@ from typing import Any, Self
 
 from fumehood.client.address import Address
 from fumehood.client.engine import Engine
-from fumehood.client.port import Embed, Embedded, Opening, Port, Terms
+from fumehood.client.listing import server
+from fumehood.client.port import Embed, Embedded, Forked, Opening, Port, Terms
+from fumehood.client.snapshots import Snapshot, check_count, check_name, check_origin
 from fumehood.config import Config
 from fumehood.errors import InvalidInput, InvalidTransition, Unsupported
 from fumehood.execution import Sinks
@@ -20,7 +22,7 @@ from fumehood.model import CodeRequest, ExecRequest, Limits, Protection, Result,
 from fumehood.policy.load import chain
 from fumehood.policy.resolve import TEMPLATES, resolve, settle
 from fumehood.policy.rules import Policy
-from fumehood.records import OnExpiry, SandboxRecord
+from fumehood.records import OnExpiry
 
 PolicyLike = str | Path | Policy | Mapping[str, Any] | None
 
@@ -33,6 +35,7 @@ class Core:
         *,
         policy: PolicyLike = None,
         template: str | Template | None = None,
+        snapshot: str | None = None,
         limits: Mapping[str, Any] | Limits | None = None,
         env: Mapping[str, str] | None = None,
         tier: str = "auto",
@@ -48,24 +51,29 @@ class Core:
         self._port: Port | None = None
         terms = Terms(dict(metadata or {}), lease_s, on_expiry, auto_resume)
         limits = asdict(limits) if isinstance(limits, Limits) else dict(limits or {})
-        address = _address(config or self._engine.supervisor.config, url, api_key)
+        address = Address.of(config or self._engine.supervisor.config, url, api_key)
+        check_origin(snapshot, template)
         self._spec: SandboxSpec | None = None
         if address is not None:
-            self._opening: Opening = _create(address, policy, template, limits, env or {}, tier, terms)
+            self._opening: Opening = _create(address, policy, template, snapshot, limits, env or {}, tier, terms)
             return
         terms.refuse_without_server()
         chosen = policy if policy is not None else self._engine.supervisor.config.default_policy
         self._spec = resolve(chosen, overrides={"limits": limits} if limits else {}, env=env or {}, template=template)
-        self._opening = Embed(self._spec, tier, terms)
+        self._opening = Embed(self._spec, tier, terms, snapshot)
 
     @classmethod
     def _joining(cls, sandbox_id: str, url: str | None, api_key: str | None) -> Self:
         """Not open yet."""
         from fumehood.client.remote import Join
 
+        engine = Engine.of_this_process()
+        return cls._around(engine, Join(server(engine, url, api_key), check_id(sandbox_id, "sandbox id")))
+
+    @classmethod
+    def _around(cls, engine: Engine, opening: Opening, port: Port | None = None, spec: SandboxSpec | None = None) -> Self:
         box = cls.__new__(cls)
-        box._engine, box._port, box._spec = Engine.of_this_process(), None, None
-        box._opening = Join(_server(box._engine, url, api_key), check_id(sandbox_id, "sandbox id"))
+        box._engine, box._opening, box._port, box._spec = engine, opening, port, spec
         return box
 
     @property
@@ -123,6 +131,16 @@ class Core:
             port, self._port = self._port, None
             await port.close()
 
+    def _snapshot(self, metadata: Mapping[str, str] | None) -> Coroutine[Any, Any, Snapshot]:
+        return self.port.snapshot(dict(metadata or {}))
+
+    async def _fork(self, count: int) -> list[Self]:
+        forks = await self.port.fork(check_count(count))
+        return [self._around(self._engine, Forked(), fork, self._spec) for fork in forks]
+
+    def _rollback(self, name: str) -> Coroutine[Any, Any, None]:
+        return self.port.rollback(check_name(name))
+
     def _code(
         self, code: str, language: str, context: str | None, timeout_s: float | None, env: Mapping[str, str] | None
     ) -> Callable[[Sinks], Coroutine[Any, Any, Result]]:
@@ -156,29 +174,11 @@ def as_argv(argv: Sequence[str] | str) -> tuple[str, ...]:
     return ("/bin/bash", "-c", argv) if isinstance(argv, str) else tuple(argv)
 
 
-async def there(engine: Engine, url: str | None, api_key: str | None, state: str | None, limit: int) -> list[SandboxRecord]:
-    from fumehood.client.remote import sandboxes
-
-    return await sandboxes(engine, _server(engine, url, api_key), state, limit)
-
-
-def _address(config: Config, url: str | None, api_key: str | None) -> Address | None:
-    """None = in this process. An empty `url` says so against the configured one."""
-    where = config.url if url is None else url
-    return Address.read(where, config.api_key if api_key is None else api_key) if where else None
-
-
-def _server(engine: Engine, url: str | None, api_key: str | None) -> Address:
-    address = _address(engine.supervisor.config, url, api_key)
-    if address is None:
-        raise InvalidInput("no server is named", cause="sandboxes of this process have no list", remediation="pass url=")
-    return address
-
-
 def _create(
     address: Address,
     policy: PolicyLike,
     template: str | Template | None,
+    snapshot: str | None,
     limits: dict[str, Any],
     env: Mapping[str, str],
     tier: str,
@@ -189,7 +189,8 @@ def _create(
 
     if isinstance(template, Template):
         raise InvalidInput("a Template object can't be sent to a server", remediation="name it, or describe it in the policy")
-    given = {"policy": _document(policy), "template": template, "limits": limits or None, "env": dict(env) or None}
+    given: dict[str, Any] = {"policy": _document(policy), "template": template, "snapshot": snapshot}
+    given |= {"limits": limits or None, "env": dict(env) or None}
     kept = {"tier": None if tier == "auto" else tier, "metadata": terms.metadata or None, "lease_s": terms.lease_s}
     asked = {"on_expiry": None if terms.on_expiry == "kill" else terms.on_expiry, "auto_resume": terms.auto_resume or None}
     return Create(address, {name: value for name, value in {**given, **kept, **asked}.items() if value is not None})

@@ -12,7 +12,8 @@ from typing import Any, Protocol
 
 from fumehood.agent import wire
 from fumehood.client.engine import Engine
-from fumehood.errors import InvalidInput
+from fumehood.client.snapshots import Snapshot, is_checkpoint, of_this_host
+from fumehood.errors import InvalidInput, InvalidTransition
 from fumehood.execution import Sinks
 from fumehood.live import Live
 from fumehood.model import CodeRequest, ExecRequest, Protection, Result, SandboxSpec
@@ -52,7 +53,9 @@ class Port(Protocol):
     async def run(self, request: CodeRequest, sinks: Sinks) -> Result: ...
     async def exec(self, request: ExecRequest, sinks: Sinks) -> Result: ...
     async def checkpoint(self, context: str | None) -> str: ...
-    async def rollback(self, checkpoint: str) -> None: ...
+    async def snapshot(self, metadata: Mapping[str, str]) -> Snapshot: ...
+    async def fork(self, count: int) -> list[Port]: ...
+    async def rollback(self, name: str) -> None: ...
     async def pause(self) -> None: ...
     async def resume(self) -> None: ...
     async def stats(self) -> Stats: ...
@@ -93,9 +96,24 @@ class Embed:
     spec: SandboxSpec
     tier: str
     terms: Terms
+    snapshot: str | None = None
 
     async def open(self, engine: Engine) -> Port:
-        return Embedded(engine, await engine.supervisor.create(self.spec, self.tier), self.terms.metadata)
+        supervisor = engine.supervisor
+        if self.snapshot is None:
+            live = await supervisor.create(self.spec, self.tier)
+        else:
+            live = await supervisor.restore(self.snapshot, self.spec, self.tier)
+        return Embedded(engine, live, self.terms.metadata)
+
+
+class Forked:
+    """The opening of a fork, which was open from the start."""
+
+    async def open(self, engine: Engine) -> Port:
+        raise InvalidTransition(
+            "this fork was closed", cause="it can not be made a second time", remediation="fork the first one again"
+        )
 
 
 class Embedded:
@@ -127,8 +145,24 @@ class Embedded:
     async def checkpoint(self, context: str | None) -> str:
         return await self.live.checkpoint(context)
 
-    async def rollback(self, checkpoint: str) -> None:
-        await self.live.rollback(checkpoint)
+    async def snapshot(self, metadata: Mapping[str, str]) -> Snapshot:
+        if metadata:
+            raise InvalidInput(
+                "metadata of a snapshot needs a server",
+                cause="this sandbox runs in this process, which keeps none",
+                remediation="pass url= to Sandbox, or leave it out",
+            )
+        return of_this_host(await self._engine.supervisor.snapshot(self.live))
+
+    async def fork(self, count: int) -> list[Port]:
+        forks = await self._engine.supervisor.fork(self.live, count)
+        return [Embedded(self._engine, fork, self.metadata) for fork in forks]
+
+    async def rollback(self, name: str) -> None:
+        if is_checkpoint(name):
+            await self.live.rollback(name)
+        else:
+            await self._engine.supervisor.rollback(self.live, name)
 
     async def pause(self) -> None:
         await self.live.pause()

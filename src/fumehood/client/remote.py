@@ -15,7 +15,8 @@ from fumehood.client.address import Address
 from fumehood.client.engine import Engine
 from fumehood.client.port import Link, Port
 from fumehood.client.remote_link import RemoteLink
-from fumehood.client.server import ALIVE_S, Server, shared
+from fumehood.client.server import ALIVE_S, Server, piece, shared
+from fumehood.client.snapshots import Snapshot, is_checkpoint
 from fumehood.client.sse import events
 from fumehood.errors import NotFound, SandboxGone
 from fumehood.execution import Sinks
@@ -28,6 +29,7 @@ _DAY_S = 86_400.0  # the longest timeout_s that there is
 # a server that no longer does.
 _MARGIN_S = 120.0
 _STATS, _PROTECTIONS, _RECORD = TypeAdapter(Stats), TypeAdapter(tuple[Protection, ...]), TypeAdapter(SandboxRecord)
+_FORKS, _SNAPSHOT = TypeAdapter(tuple[SandboxRecord, ...]), TypeAdapter(Snapshot)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,16 @@ async def sandboxes(engine: Engine, address: Address, state: str | None, limit: 
     server = shared(engine, address)
     shown = await server.pages("/v1/sandboxes", "sandboxes", limit, {"state": state})
     return [answers.typed(server.url, _RECORD, record) for record in shown]
+
+
+async def snapshots(engine: Engine, address: Address, sandbox_id: str | None, limit: int) -> list[Snapshot]:
+    server = shared(engine, address)
+    shown = await server.pages("/v1/snapshots", "snapshots", limit, {"sandbox_id": sandbox_id})
+    return [answers.typed(server.url, _SNAPSHOT, snapshot) for snapshot in shown]
+
+
+async def discard(engine: Engine, address: Address, snapshot_id: str) -> None:
+    await shared(engine, address).ask("DELETE", f"/v1/snapshots/{piece(snapshot_id)}", answer_s=_MARGIN_S)
 
 
 class Remote:
@@ -115,8 +127,24 @@ class Remote:
         body = {"context": context} if context else {}
         return str((await self._link.ask("POST", "/checkpoints", body=body, answer_s=_MARGIN_S)).get("checkpoint"))
 
-    async def rollback(self, checkpoint: str) -> None:
-        await self._link.ask("POST", "/rollback", body={"checkpoint": checkpoint}, answer_s=_MARGIN_S)
+    async def snapshot(self, metadata: Mapping[str, str]) -> Snapshot:
+        body = {"metadata": dict(metadata)} if metadata else {}
+        made = await self._link.ask("POST", "/snapshots", body=body, answer_s=_MARGIN_S)
+        return answers.typed(self._link.server.url, _SNAPSHOT, made)
+
+    async def fork(self, count: int) -> list[Port]:
+        """What is enforced for the first one is enforced for its forks: they are of the same tier and policy."""
+        server = self._link.server
+        made = await self._link.ask("POST", "/fork", body={"count": count}, answer_s=_MARGIN_S)
+        records = answers.typed(server.url, _FORKS, made.get("sandboxes"))
+        if len(records) != count:
+            raise answers.not_ours(server.url, f"asked for {count} forks, it names {len(records)}")
+        links = [RemoteLink(server, check_id(record.id, "sandbox id from the server")) for record in records]
+        return [Remote(link, record, self.protections, is_mine=True) for link, record in zip(links, records, strict=True)]
+
+    async def rollback(self, name: str) -> None:
+        body = {"checkpoint" if is_checkpoint(name) else "snapshot": name}
+        await self._link.ask("POST", "/rollback", body=body, answer_s=_MARGIN_S)
 
     async def pause(self) -> None:
         await self._link.ask("POST", "/pause")

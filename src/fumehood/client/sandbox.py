@@ -12,15 +12,19 @@ from typing import Any, Self
 
 from fumehood.client.calls import OnResult, OnText, await_engine, await_with_callbacks, block_on, block_with_callbacks
 from fumehood.client.contexts import AsyncContexts, Contexts
-from fumehood.client.core import Core, as_argv, there
+from fumehood.client.core import Core, as_argv
 from fumehood.client.engine import Engine
 from fumehood.client.files import AsyncFiles, Files
+from fumehood.client.listing import discard, kept, there
 from fumehood.client.process import AsyncProcess, Process, start_process
+from fumehood.client.snapshots import Snapshot
 from fumehood.model import Result
 from fumehood.records import SandboxRecord
 from fumehood.runtime.base import Capabilities, Stats
 
-Records = list[SandboxRecord]  # `list` is also a method here
+__all__ = ["AsyncSandbox", "Sandbox", "Snapshot", "capabilities"]
+
+Records, Kept = list[SandboxRecord], list[Snapshot]  # `list` is also a method here
 
 
 def capabilities(tier: str = "auto") -> Capabilities:
@@ -115,9 +119,29 @@ class AsyncSandbox(Core):
         """Keep the state of a Python context and of the home directory; not of threads and child processes."""
         return await await_engine(self._engine, self.port.checkpoint(context))
 
-    async def rollback(self, checkpoint: str) -> None:
-        """Back to what `checkpoint()` kept. Raises NotFound for an unknown one."""
-        await await_engine(self._engine, self.port.rollback(checkpoint))
+    async def snapshot(self, metadata: Mapping[str, str] | None = None) -> Snapshot:
+        """Keep all of it as it is now, memory, programs and files, for Sandbox(snapshot=), fork and rollback. It stands still
+        meanwhile, then goes on; the snapshot outlives it, until discard_snapshot().
+
+        Raises Unsupported (a tier without snapshots, such as native), InvalidTransition while something runs in it,
+        CapacityExceeded (the disk is full), InvalidInput (`metadata` is kept by a server only).
+        """
+        return await await_engine(self._engine, self._snapshot(metadata))
+
+    async def fork(self, count: int) -> list[Self]:
+        """`count` (1 to 64) running copies, all or none, open already: use each in `async with`, or close() it. None sees
+        another or this one; ids, clock and the kernel's random numbers are their own, and so is their time to live.
+
+        Raises Unsupported (a tier without snapshots), InvalidTransition while something runs in it, CapacityExceeded,
+        InvalidInput.
+        """
+        return await await_engine(self._engine, self._fork(count))
+
+    async def rollback(self, name: str) -> None:
+        """Back to what `checkpoint()` kept of a context, or to a `snapshot()` of this sandbox, by its id: memory, programs
+        and files; what was started since is gone. Raises NotFound for an unknown one, Unsupported, InvalidTransition.
+        """
+        await await_engine(self._engine, self._rollback(name))
 
     async def pause(self) -> None:
         """Stop every process of the sandbox where it is; deadlines go on."""
@@ -146,6 +170,32 @@ class AsyncSandbox(Core):
         """The caller's sandboxes on a server: those that live, or with `state="stopped"` those that ended."""
         engine = Engine.of_this_process()
         return await await_engine(engine, there(engine, url, api_key, state, limit))
+
+    @classmethod
+    async def snapshots(
+        cls,
+        *,
+        sandbox_id: str | None = None,
+        tier: str = "auto",
+        url: str | None = None,
+        api_key: str | None = None,
+        limit: int = 1000,
+    ) -> Kept:
+        """What was kept of `sandbox_id`, or of all, newest first: the caller's on a server; without one what `tier` has on this
+        host, whoever made it. Raises Unsupported for a tier without snapshots.
+        """
+        engine = Engine.of_this_process()
+        return await await_engine(engine, kept(engine, url, api_key, tier, sandbox_id, limit))
+
+    @classmethod
+    async def discard_snapshot(
+        cls, snapshot_id: str, *, tier: str = "auto", url: str | None = None, api_key: str | None = None
+    ) -> None:
+        """Forget one; sandboxes that came from it go on. `tier`: without a server, where it was made. Raises NotFound,
+        Unsupported, InvalidInput.
+        """
+        engine = Engine.of_this_process()
+        await await_engine(engine, discard(engine, url, api_key, tier, snapshot_id))
 
 
 class Sandbox(Core):
@@ -230,9 +280,29 @@ class Sandbox(Core):
         """Keep the state of a Python context and of the home directory; not of threads and child processes."""
         return block_on(self._engine, self.port.checkpoint(context))
 
-    def rollback(self, checkpoint: str) -> None:
-        """Back to what `checkpoint()` kept. Raises NotFound for an unknown one."""
-        block_on(self._engine, self.port.rollback(checkpoint))
+    def snapshot(self, metadata: Mapping[str, str] | None = None) -> Snapshot:
+        """Keep all of it as it is now, memory, programs and files, for Sandbox(snapshot=), fork and rollback. It stands still
+        meanwhile, then goes on; the snapshot outlives it, until discard_snapshot().
+
+        Raises Unsupported (a tier without snapshots, such as native), InvalidTransition while something runs in it,
+        CapacityExceeded (the disk is full), InvalidInput (`metadata` is kept by a server only).
+        """
+        return block_on(self._engine, self._snapshot(metadata))
+
+    def fork(self, count: int) -> list[Self]:
+        """`count` (1 to 64) running copies, all or none, open already: use each in `with`, or close() it. None sees
+        another or this one; ids, clock and the kernel's random numbers are their own, and so is their time to live.
+
+        Raises Unsupported (a tier without snapshots), InvalidTransition while something runs in it, CapacityExceeded,
+        InvalidInput.
+        """
+        return block_on(self._engine, self._fork(count))
+
+    def rollback(self, name: str) -> None:
+        """Back to what `checkpoint()` kept of a context, or to a `snapshot()` of this sandbox, by its id: memory, programs
+        and files; what was started since is gone. Raises NotFound for an unknown one, Unsupported, InvalidTransition.
+        """
+        block_on(self._engine, self._rollback(name))
 
     def pause(self) -> None:
         """Stop every process of the sandbox where it is; deadlines go on."""
@@ -261,3 +331,29 @@ class Sandbox(Core):
         """The caller's sandboxes on a server: those that live, or with `state="stopped"` those that ended."""
         engine = Engine.of_this_process()
         return block_on(engine, there(engine, url, api_key, state, limit))
+
+    @classmethod
+    def snapshots(
+        cls,
+        *,
+        sandbox_id: str | None = None,
+        tier: str = "auto",
+        url: str | None = None,
+        api_key: str | None = None,
+        limit: int = 1000,
+    ) -> Kept:
+        """What was kept of `sandbox_id`, or of all, newest first: the caller's on a server; without one what `tier` has on this
+        host, whoever made it. Raises Unsupported for a tier without snapshots.
+        """
+        engine = Engine.of_this_process()
+        return block_on(engine, kept(engine, url, api_key, tier, sandbox_id, limit))
+
+    @classmethod
+    def discard_snapshot(
+        cls, snapshot_id: str, *, tier: str = "auto", url: str | None = None, api_key: str | None = None
+    ) -> None:
+        """Forget one; sandboxes that came from it go on. `tier`: without a server, where it was made. Raises NotFound,
+        Unsupported, InvalidInput.
+        """
+        engine = Engine.of_this_process()
+        block_on(engine, discard(engine, url, api_key, tier, snapshot_id))
