@@ -7,6 +7,8 @@ service.py and the gateway. It executes no guest byte and follows no guest path.
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
 import secrets
 import time
 from collections.abc import Callable, Mapping
@@ -17,19 +19,30 @@ from fumehood.live import Live
 from fumehood.model import SandboxSpec, SandboxState, move
 from fumehood.runtime.base import Runtime
 from fumehood.runtime.link import Link
+from fumehood.runtime.tiers import Choice, choose
+
+_log = logging.getLogger("fumehood")
 
 
 class Supervisor:
-    """Creates, finds and ends sandboxes. `tiers`: how to make the runtime of each, strongest first, on first use."""
+    """Creates, finds and ends sandboxes. `tiers`: how to make the runtime of each, on first use."""
 
     def __init__(self, config: Config, tiers: Mapping[str, Callable[[Config], Runtime]]) -> None:
         self.config, self._tiers = config, tiers
         self._runtimes: dict[str, Runtime] = {}
         self._live: dict[str, Live] = {}
 
+    @functools.cached_property
+    def choice(self) -> Choice:
+        """What `auto` is as long as this lives: what is proven meanwhile counts for the next."""
+        found = choose(self.config)
+        if found.weaker:
+            _log.warning("%s", found.weaker)
+        return found
+
     def runtime(self, tier: str) -> Runtime:
         """`auto` is the strongest tier here that was proved to work; a named one is that one or an error, never a weaker."""
-        name = next(iter(self._tiers)) if tier == "auto" else tier
+        name = self.choice.tier if tier == "auto" else tier
         if name not in self._tiers:
             known = ", ".join(["auto", *self._tiers])
             raise InvalidInput(f"unknown tier: {tier!r}", cause=f"this build has: {known}", remediation="pick one of them")

@@ -60,7 +60,7 @@ def run(
     copy_in: Annotated[list[Path] | None, typer.Option("--in", help="Copied into /home/user (repeatable).")] = None,
     copy_out: Annotated[Path | None, typer.Option("--out", help="Where changed files and figures are copied.")] = None,
     env: Annotated[list[str] | None, typer.Option("--env", help="K=V (repeatable).")] = None,
-    tier: Annotated[str, typer.Option(help="auto, native or fake.")] = "auto",
+    tier: Annotated[str, typer.Option(help="auto, native, firecracker, qemu or fake.")] = "auto",
     template: Annotated[str | None, typer.Option(help="What the sandbox is made from.")] = None,
     local: Annotated[bool, typer.Option("--local", help="In this process, even if a server runs.")] = False,
     url: UrlOption = None,
@@ -94,7 +94,7 @@ async def _run(job: Job) -> int:
         if job.copy_out:
             await _collect(box, result, job.copy_out)
     if job.as_json:
-        exits.print_json(to_json(result))
+        exits.print_json(to_json(result) | {"tier": box.tier})
     else:
         _show(result)
     return exits.exit_code(result)

@@ -134,6 +134,7 @@ def _welcome(service: Service, url: str, file: Path, no_auth: bool) -> None:
         _say(f"key: {file}, where this user's commands find it; for others: fumehood keys create")
     if not _is_here(service.config.listen) and url.startswith("http:"):
         _say("warning: keys cross the network in the clear; put a TLS proxy before it (docs/operating.md)")
+    _say(f"tier {service.tier.tier}: {service.tier.why}")
     _say(_enforced(service.protections()))
     if lost := service.store.recovered.sandboxes:
         _say(f"the last server was killed: {lost} sandbox(es) of it were ended")

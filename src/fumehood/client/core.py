@@ -118,6 +118,11 @@ class Core:
         return self.port.policy
 
     @property
+    def tier(self) -> str:
+        """Where it runs: what `auto` came to."""
+        return self.port.tier
+
+    @property
     def protections(self) -> Sequence[Protection]:
         """Each mechanism as it is for this sandbox: enforced, degraded or off."""
         return self.port.protections

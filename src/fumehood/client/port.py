@@ -50,6 +50,8 @@ class Port(Protocol):
     def metadata(self) -> Mapping[str, str]: ...
     @property
     def policy(self) -> str: ...
+    @property
+    def tier(self) -> str: ...
     async def run(self, request: CodeRequest, sinks: Sinks) -> Result: ...
     async def exec(self, request: ExecRequest, sinks: Sinks) -> Result: ...
     async def checkpoint(self, context: str | None) -> str: ...
@@ -104,7 +106,7 @@ class Embed:
             live = await supervisor.create(self.spec, self.tier)
         else:
             live = await supervisor.restore(self.snapshot, self.spec, self.tier)
-        return Embedded(engine, live, self.terms.metadata)
+        return Embedded(engine, live, self.terms.metadata, supervisor.runtime(self.tier).tier)
 
 
 class Forked:
@@ -117,8 +119,8 @@ class Forked:
 
 
 class Embedded:
-    def __init__(self, engine: Engine, live: Live, metadata: Mapping[str, str]) -> None:
-        self._engine, self.live, self.metadata = engine, live, metadata
+    def __init__(self, engine: Engine, live: Live, metadata: Mapping[str, str], tier: str) -> None:
+        self._engine, self.live, self.metadata, self.tier = engine, live, metadata, tier
 
     @property
     def id(self) -> str:
@@ -156,7 +158,7 @@ class Embedded:
 
     async def fork(self, count: int) -> list[Port]:
         forks = await self._engine.supervisor.fork(self.live, count)
-        return [Embedded(self._engine, fork, self.metadata) for fork in forks]
+        return [Embedded(self._engine, fork, self.metadata, self.tier) for fork in forks]
 
     async def rollback(self, name: str) -> None:
         if is_checkpoint(name):

@@ -102,6 +102,10 @@ class Remote:
     def policy(self) -> str:
         return self._record.policy
 
+    @property
+    def tier(self) -> str:
+        return self._record.tier
+
     async def run(self, request: CodeRequest, sinks: Sinks) -> Result:
         body = {"code": request.code, "language": request.language, "context": request.context}
         return await self._execute("/executions", body, request, sinks)

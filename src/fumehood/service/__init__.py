@@ -21,7 +21,7 @@ from fumehood.lease import Lease
 from fumehood.model import CodeRequest, ExecRequest, Protection, Result
 from fumehood.pool import PoolSettings
 from fumehood.records import Caller, ExecutionRecord, SandboxRecord
-from fumehood.runtime.tiers import TIERS
+from fumehood.runtime.tiers import TIERS, Choice
 from fumehood.scheduler import Grant
 from fumehood.service.admission import Admission, Wait
 from fumehood.service.asks import Asks, CreateAsk
@@ -294,6 +294,7 @@ class Service:
         return {
             "uptime_s": round(time.time() - self.started_at, 3),
             "draining": self.draining,
+            "tier": {"name": self.tier.tier, "why": self.tier.why},
             "sandboxes": len(leases),
             "paused": sum(lease.is_paused for lease in leases),
             "executions": len(self._executions),
@@ -301,6 +302,11 @@ class Service:
             "pools": self._source.status(),
             "records_lost": self.store.lost,
         }
+
+    @property
+    def tier(self) -> Choice:
+        """Of sandboxes whose creator names none."""
+        return self.supervisor.choice
 
     def protections(self) -> Sequence[Protection]:
         """Of the operator's own tier, as probed on this host."""
