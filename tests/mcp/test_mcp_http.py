@@ -41,7 +41,7 @@ async def as_key(url, key):
 
 async def test_state_charts_and_errors_cross_as_over_stdio(serve):
     async with serve() as url, Client(url) as client:
-        assert len((await client.list_tools()).tools) == 10
+        assert len((await client.list_tools()).tools) == 12
         await client.call_tool("run_code", {"code": "x = 20"})
         assert text(await client.call_tool("run_code", {"code": "x + 1"})) == "21"
         await client.call_tool("write_file", {"path": "a", "content": "b"})
@@ -74,6 +74,9 @@ async def test_a_session_never_reaches_another_sessions_sandbox_h14(serve):
             ("list_files", {}),
             ("checkpoint", {}),
             ("rollback", {"checkpoint": "a:b"}),
+            ("snapshot", {}),
+            ("rollback", {"checkpoint": "p0123456789abcdef"}),
+            ("fork_sandbox", {"count": 1}),
             ("kill_sandbox", {}),
         ):
             answer = await two.call_tool(tool, {**arguments, "sandbox_id": theirs})

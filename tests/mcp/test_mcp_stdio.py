@@ -17,8 +17,8 @@ from mcp_seen import marked, text, until
 from mcp import Client
 
 TOOLS = {
-    "run_code", "exec", "read_file", "write_file", "list_files", "checkpoint", "rollback",
-    "create_sandbox", "list_sandboxes", "kill_sandbox",
+    "run_code", "exec", "read_file", "write_file", "list_files", "checkpoint", "snapshot", "rollback",
+    "create_sandbox", "fork_sandbox", "list_sandboxes", "kill_sandbox",
 }  # fmt: skip
 # The handshake of every client in use, and the newest generation without one.
 MODES = ("legacy", "auto")
@@ -274,3 +274,18 @@ def test_the_verb_explains_itself():
         [sys.executable, "-c", "from fumehood.cli import main; main()", "mcp", "--help"], capture_output=True, text=True
     )
     assert shown.returncode == 0 and "--policy" in shown.stdout and "--url" in shown.stdout
+
+
+async def test_where_no_snapshots_are_the_model_is_told_what_to_use_instead(stdio):
+    async with Client(stdio()) as client:
+        await client.call_tool("run_code", {"code": "x = 1"})
+        for tool, arguments in (("snapshot", {}), ("fork_sandbox", {"count": 2})):
+            answer = await client.call_tool(tool, arguments)
+            error = answer.structured_content["error"]
+            assert answer.is_error and error["code"] == "unsupported" and error["remediation"], tool
+        too_many = await client.call_tool("fork_sandbox", {"count": 8})
+        strange = await client.call_tool("rollback", {"checkpoint": "p0123456789abcdef"})
+        after = await client.call_tool("run_code", {"code": "x + 1"})
+    assert too_many.is_error and too_many.structured_content["error"]["code"] == "invalid_input"
+    assert strange.structured_content["error"]["code"] == "not_found"
+    assert text(after) == "2"

@@ -89,6 +89,8 @@ def problem_from(url: str, value: dict[str, Any], status: int | None = None) -> 
         details["request_id"] = request_id
     error = _CODES.get(code, FumehoodError)(texts.pop("message") or code, **texts)
     error.details = details
+    if isinstance(said := value.get("retryable"), bool):  # it may depend on the moment, not on the code alone
+        error.retryable = said
     if code not in _CODES:  # of a newer server: its word is kept
-        error.code, error.retryable = code[:64], value.get("retryable") is True
+        error.code = code[:64]
     return error

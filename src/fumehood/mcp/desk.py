@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
 from fumehood.client.core import by_name
 from fumehood.client.sandbox import AsyncSandbox
+from fumehood.client.snapshots import Snapshot, is_checkpoint
 from fumehood.errors import CapacityExceeded, Forbidden, NotFound
 from fumehood.model import check_id
 
 MAX_SANDBOXES = 8  # of one session: a model in a loop must not take the host from the others
+MAX_SNAPSHOTS = 4  # likewise: each takes as much of the disk as its sandbox takes of the memory
 _PRESETS_ONLY = "a policy is chosen by a preset's name; files and documents are the operator's to choose"
 
 
@@ -21,6 +24,7 @@ class Desk:
     def __init__(self, sandbox: Mapping[str, Any]) -> None:
         self._sandbox = dict(sandbox)
         self._boxes: dict[str, AsyncSandbox] = {}
+        self._snapshots: list[str] = []  # the oldest first
         self._default: str | None = None
         self._opening = asyncio.Lock()
         self._closed = False
@@ -44,6 +48,34 @@ class Desk:
         async with self._opening:
             return await self._open(chosen)
 
+    async def snapshot(self, sandbox_id: str | None) -> tuple[Snapshot, list[str]]:
+        """A new one, and the older ones that were forgotten for it."""
+        box = await self.box(sandbox_id)
+        async with self._opening:
+            self._refuse_when_closed()
+            made = await box.snapshot()
+            self._snapshots.append(made.id)
+            return made, await self._forget(keep=MAX_SNAPSHOTS)
+
+    async def rollback(self, sandbox_id: str | None, name: str) -> None:
+        """To a checkpoint, or a snapshot of this session. Raises NotFound also for snapshots of others."""
+        box = await self.box(sandbox_id)
+        if not is_checkpoint(name) and name not in self._snapshots:
+            raise NotFound(
+                f"no checkpoint or snapshot {name[:40]!r} in this session",
+                cause=f"it never was, or is not among the newest {MAX_SNAPSHOTS}",
+                remediation="give what checkpoint or snapshot returned",
+            )
+        await box.rollback(name)
+
+    async def fork(self, sandbox_id: str | None, count: int) -> list[str]:
+        box = await self.box(sandbox_id)
+        async with self._opening:
+            self._check_room(count)
+            forks = await box.fork(count)
+            self._boxes |= {fork.id: fork for fork in forks}
+        return [fork.id for fork in forks]
+
     def ids(self) -> list[str]:
         return list(self._boxes)
 
@@ -63,6 +95,7 @@ class Desk:
         async with self._opening:  # one that is just being made is ended too
             boxes, self._boxes = list(self._boxes.values()), {}
         outcomes = await asyncio.gather(*(box.close() for box in boxes), return_exceptions=True)
+        outcomes += await asyncio.gather(self._forget(keep=0), return_exceptions=True)
         for failure in (o for o in outcomes if isinstance(o, BaseException)):
             raise failure
 
@@ -76,16 +109,33 @@ class Desk:
             )
         return box
 
+    async def _forget(self, keep: int) -> list[str]:
+        where = {name: self._sandbox[name] for name in ("url", "api_key", "tier") if name in self._sandbox}
+        forgotten = self._snapshots[: max(0, len(self._snapshots) - keep)]
+        for snapshot_id in forgotten:
+            with contextlib.suppress(NotFound):  # its owner was faster, at the server
+                await AsyncSandbox.discard_snapshot(snapshot_id, **where)
+            self._snapshots.remove(snapshot_id)
+        return forgotten
+
     async def _open(self, arguments: Mapping[str, Any]) -> str:
-        if self._closed or len(self._boxes) >= MAX_SANDBOXES:
-            raise CapacityExceeded(
-                f"this session holds {len(self._boxes)} sandboxes",
-                cause="the session is ending" if self._closed else f"a session may have {MAX_SANDBOXES}",
-                remediation="end one with kill_sandbox",
-            )
+        self._check_room(1)
         box = await AsyncSandbox(**arguments).open()
         self._boxes[box.id] = box
         return box.id
+
+    def _refuse_when_closed(self) -> None:
+        if self._closed:
+            raise CapacityExceeded("this session is ending", remediation="open another")
+
+    def _check_room(self, count: int) -> None:
+        self._refuse_when_closed()
+        if len(self._boxes) + count > MAX_SANDBOXES:
+            raise CapacityExceeded(
+                f"this session holds {len(self._boxes)} sandboxes",
+                cause=f"a session may have {MAX_SANDBOXES}",
+                remediation="end one with kill_sandbox",
+            )
 
     def _allowed(self, policy: str) -> str:
         if self._sandbox.get("policy") not in (None, policy):

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from fumehood.errors import FumehoodError, SandboxGone
 from fumehood.mcp import answers
-from fumehood.mcp.desk import Desk
+from fumehood.mcp.desk import MAX_SANDBOXES, Desk
 from fumehood.model import MIB
 
 P = ParamSpec("P")
@@ -95,16 +95,23 @@ def _running(desk_of: DeskOf) -> list[tuple[Tool[...], ToolAnnotations]]:
         name = await (await desk_of(ctx).box(sandbox_id)).checkpoint()
         return answers.from_fields({"checkpoint": name})
 
+    async def snapshot(ctx: Ctx, sandbox_id: SandboxId = None) -> CallToolResult:
+        """Keep all of a sandbox, its memory and running programs too, to go back to with rollback. Only where sandboxes are
+        machines of their own; elsewhere use checkpoint. The session keeps the newest four and forgets older ones."""
+        made, forgotten = await desk_of(ctx).snapshot(sandbox_id)
+        return answers.from_fields({"snapshot": made.id, "size_bytes": made.size_bytes, "forgotten": forgotten})
+
     async def rollback(
         ctx: Ctx,
-        checkpoint: Annotated[str, Field(min_length=1, max_length=100, description="What checkpoint returned.")],
+        checkpoint: Annotated[str, Field(min_length=1, max_length=100, description="What checkpoint or snapshot returned.")],
         sandbox_id: SandboxId = None,
     ) -> CallToolResult:
-        """Undo everything since a checkpoint: variables and files are as they were then."""
-        await (await desk_of(ctx).box(sandbox_id)).rollback(checkpoint)
+        """Undo everything since a checkpoint or a snapshot: variables and files are as they were then; of a snapshot, running
+        programs too."""
+        await desk_of(ctx).rollback(sandbox_id, checkpoint)
         return answers.from_fields({"rolled_back_to": checkpoint})
 
-    return [(run_code, _SCRATCH), (exec, _SCRATCH), (checkpoint, _SCRATCH), (rollback, _ENDS)]
+    return [(run_code, _SCRATCH), (exec, _SCRATCH), (checkpoint, _SCRATCH), (snapshot, _SCRATCH), (rollback, _ENDS)]
 
 
 def _files(desk_of: DeskOf) -> list[tuple[Tool[...], ToolAnnotations]]:
@@ -148,6 +155,15 @@ def _life(desk_of: DeskOf) -> list[tuple[Tool[...], ToolAnnotations]]:
         """Make a further, empty sandbox beside the session's default one; name it by sandbox_id in later calls."""
         return answers.from_fields({"sandbox_id": await desk_of(ctx).create(policy, env)})
 
+    async def fork_sandbox(
+        ctx: Ctx,
+        count: Annotated[int, Field(ge=1, le=MAX_SANDBOXES - 1, description="How many copies.")] = 1,
+        sandbox_id: SandboxId = None,
+    ) -> CallToolResult:
+        """Make running copies of a sandbox with all its variables, files and programs, to try several things from the same
+        state; name them by sandbox_id in later calls. Only where sandboxes are machines of their own."""
+        return answers.from_fields({"sandbox_ids": await desk_of(ctx).fork(sandbox_id, count)})
+
     async def list_sandboxes(ctx: Ctx) -> CallToolResult:
         """The sandboxes of this session, with what each uses now."""
         desk = desk_of(ctx)
@@ -160,7 +176,7 @@ def _life(desk_of: DeskOf) -> list[tuple[Tool[...], ToolAnnotations]]:
         await desk_of(ctx).end(sandbox_id)
         return answers.from_fields({"killed": sandbox_id})
 
-    return [(create_sandbox, _SCRATCH), (list_sandboxes, _LOOKS), (kill_sandbox, _ENDS)]
+    return [(create_sandbox, _SCRATCH), (fork_sandbox, _SCRATCH), (list_sandboxes, _LOOKS), (kill_sandbox, _ENDS)]
 
 
 async def _row(desk: Desk, sandbox_id: str) -> dict[str, Any]:
