@@ -79,6 +79,14 @@ ROOMS: Mapping[str, tuple[tuple[str, ...], str]] = {
         (*NOUNS, "config", "cli", "runtime.microvm"),
         "it makes what microVMs start from, on this host: no sandbox and no server is involved",
     ),
+    "cli.prepare": (
+        (*NOUNS, "config", "policy", "client", "cli", "runtime.tiers", "runtime.microvm"),
+        "it sets a microVM tier up on this host, and tries it as a user would",
+    ),
+    "cli.doctor": (
+        (*NOUNS, "config", "client", "cli", "runtime.base", "runtime.tiers", "runtime.microvm"),
+        "it says what each tier is on this host, by what was proven, or is proven now",
+    ),
     "__main__": (("cli",), "the command line by its other name"),
     "__init__": (("client.sandbox", "errors", "model", "policy.rules"), "the package shows public names, lazily"),
 }  # fmt: skip

@@ -1,27 +1,27 @@
-"""`fumehood image`: makes what microVMs start from, on this host: guest images and guest kernels."""
+"""`fumehood image`: makes what microVMs start from, on this host: guest images and guest kernels, or all of it at once."""
 
 from __future__ import annotations
 
 import asyncio
-import sys
 import time
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fumehood.cli import exits, show
+from fumehood.cli import exits, prepare, show
+from fumehood.cli.progress import Step, progress
 from fumehood.cli.reach import JsonOption
 from fumehood.errors import SetupFailed
 
 if TYPE_CHECKING:
     from fumehood.runtime.microvm.assets import Assets, Manifest
 
-app = typer.Typer(help="MicroVM images and kernels: build, list. They are kept in the state directory.", no_args_is_help=True)
+app = typer.Typer(help="What microVMs start from: prepare, build, list. It is kept in the state directory.", no_args_is_help=True)
+app.command()(prepare.prepare)
 
-_Build = Callable[["Assets", Callable[[str, int, int], None]], "Manifest"]
+_Build = Callable[["Assets", Step], "Manifest"]
 
 
 @app.command()
@@ -33,7 +33,7 @@ def build(
 ) -> None:
     """Make a guest image: a read-only root file system with Python and the agent. The same inputs make the same bytes."""
 
-    def make(assets: Assets, step: Callable[[str, int, int], None]) -> Manifest:
+    def make(assets: Assets, step: Step) -> Manifest:
         from fumehood.runtime.microvm import image, rootfs
 
         fill = rootfs.from_directory(root) if root else rootfs.from_packages(*package) if package else None
@@ -52,7 +52,7 @@ def kernel(
 ) -> None:
     """Make a guest kernel. Compiling takes some minutes of all CPUs; stock takes seconds."""
 
-    def make(assets: Assets, step: Callable[[str, int, int], None]) -> Manifest:
+    def make(assets: Assets, step: Step) -> Manifest:
         from fumehood.runtime.microvm.kernel import build_kernel
 
         return build_kernel(assets, profile, step, jobs)
@@ -80,7 +80,7 @@ def list_(as_json: JsonOption = False) -> None:
 
 async def _build(make: _Build, as_json: bool) -> int:
     started = time.monotonic()
-    with _progress(not as_json) as step:
+    with progress(not as_json) as step:
         # A thread: Ctrl-C still arrives, also at the compilers and archivers, and their end is its end.
         made = await asyncio.to_thread(make, _assets(), step)
     row: dict[str, Any] = {
@@ -112,19 +112,3 @@ def _row(kind: str, entry: Manifest | SetupFailed) -> dict[str, Any]:
 def _fields(kind: str, name: str, **more: Any) -> dict[str, Any]:
     empty: dict[str, Any] = {"size_bytes": 0, "digest": "", "facts": {}, "error": "", "remediation": ""}
     return {"kind": kind, "name": name, **empty, **more}
-
-
-@contextmanager
-def _progress(wanted: bool) -> Generator[Callable[[str, int, int], None]]:
-    """A bar on a terminal's stderr, nothing elsewhere."""
-    if not wanted or not sys.stderr.isatty():
-        yield lambda text, done, total: None
-        return
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("starting", total=1)
-        yield lambda text, done, total: bar.update(task, description=escape(text), completed=done, total=total)
