@@ -30,7 +30,7 @@ class Api:
         self._turn = asyncio.Lock()
         self._connection: _Connection | None = None
 
-    async def ask(self, request: str, *, deadline_s: float = CALL_S, **body: Any) -> None:
+    async def ask(self, request: str, deadline_s: float = CALL_S, **body: Any) -> None:
         """`request`: METHOD and path. Raises Fault."""
         async with self._turn:
             try:

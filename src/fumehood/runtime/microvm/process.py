@@ -16,6 +16,7 @@ from fumehood.runtime.host.waiting import readable
 from fumehood.runtime.microvm.machine import Place
 
 CONSOLE_BYTES = 8 << 10  # of what a guest says on its serial port: enough for a panic
+_LAST_WORDS_S = 1.0
 _ENVIRON = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C", "HOME": "/nonexistent"}
 # Arguments: doors, "--", the command. A process that moves itself waits for nobody; moved by us it would take 6 ms a hierarchy.
 _ENTER = 'while [ "$1" != -- ]; do echo 0 > "$1" || exit 125; shift; done; shift; exec "$@"'
@@ -67,7 +68,9 @@ class Monitor:
         return SetupFailed(f"{self.name}: {what}", cause=self.said()[-1000:], remediation="run `fumehood doctor`")
 
     async def ended(self) -> None:
+        """Its last words are there then, unless somebody else holds its console open."""
         await readable(self.pidfd)
+        await asyncio.wait([self._listening], timeout=_LAST_WORDS_S)
 
     def kill(self) -> None:
         if self.alive:  # else its number may be another's

@@ -48,12 +48,13 @@ def _zeros(fd: int) -> Iterator[tuple[int, int]]:
     """(start, end) of each run of such blocks that takes room."""
     zeros = bytes(BLOCK_BYTES)
     for start, end in extents(fd):
-        run = start
-        for block in range(start, end, BLOCK_BYTES):
-            data = os.pread(fd, min(BLOCK_BYTES, end - block), block)
+        run = block = start
+        while block < end:
+            data = os.pread(fd, min(BLOCK_BYTES - block % BLOCK_BYTES, end - block), block)
             if data != zeros[: len(data)]:
                 if run < block:
                     yield run, block
                 run = block + len(data)
+            block += len(data)
         if run < end:
             yield run, end
