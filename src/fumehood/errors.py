@@ -15,10 +15,11 @@ FumehoodError
 |-- Conflict                an idempotency key was used before for another request
 |-- Draining                the server is shutting down and takes nothing new
 |-- Unsupported             this tier or server can't do that (fork on the native tier)
-|-- NotFound                no such sandbox, context, process, file or checkpoint
+|-- NotFound                no such sandbox, snapshot, context, process, file or checkpoint
 |-- FileFault               a file operation inside the sandbox failed (errno kept)
 |-- InvalidTransition       the sandbox is in a state that does not allow this
 |-- SandboxGone             the sandbox ended (killed, out of memory, its zygote died); make a new one
+|-- Detached                what was followed is cut off, for the sandbox was copied or rolled back; it goes on: ask again
 |-- AgentUnresponsive       the agent did not answer within the deadline
 |-- StoreFailed             the server's own records can't be read or written (disk full, locked, damaged, in use, newer)
 |-- WireError               the guest broke the protocol; its sandbox is killed
@@ -137,6 +138,11 @@ class InvalidTransition(FumehoodError):
 
 class SandboxGone(FumehoodError):
     code = "sandbox_gone"
+
+
+class Detached(FumehoodError):
+    code = "detached"
+    retryable = True
 
 
 class AgentUnresponsive(FumehoodError):

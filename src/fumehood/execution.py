@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import codecs
+import contextlib
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 from fumehood.agent import wire
-from fumehood.errors import FumehoodError, SandboxGone, WireError
+from fumehood.errors import Detached, FumehoodError, InvalidInput, SandboxGone, WireError
 from fumehood.model import CodeError, FileChange, Limits, RichResult
 from fumehood.outcome import Ended
 from fumehood.runtime.link import Link, Stream
@@ -22,6 +23,7 @@ STOP_GRACE_S = 0.2
 LEFT_GRACE_S = 2.0
 _MAX_RESULTS, _MAX_RESULT_BYTES, _MAX_CHANGES = 256, 64 << 20, 1_000
 _ITEM_BYTES = 64  # what a value takes once parsed: results of 3 bytes each, `{},`, must not take 25 times their text
+MAX_CODE_BYTES = 4 << 20
 _STREAMS = {wire.STDOUT: "stdout", wire.STDERR: "stderr", wire.TERMINAL: "stdout"}
 
 
@@ -150,7 +152,7 @@ async def follow(
         done.ended = "timeout"
     except OutputOverflow:
         done.ended = "output_limit"
-    except SandboxGone as e:
+    except (SandboxGone, Detached) as e:
         done.ended, done.gone_because = "gone", e.cause
     except WireError as e:  # whoever forges frames loses its sandbox, and only that (H16)
         done.ended, done.gone_because = "gone", str(e)
@@ -188,7 +190,28 @@ async def _stop(
     except TimeoutError:
         await kill("it did not stop when told to")
     except FumehoodError as e:
-        if e.code not in ("not_found", "sandbox_gone"):  # those two: it ended in the meantime
+        if e.code not in ("not_found", "sandbox_gone", "detached"):  # those: it ended in the meantime
             raise
     finally:
         stream.abandon()
+
+
+async def feed(stream: Stream, data: bytes | None) -> None:
+    """Its whole input. None: it has none."""
+    if data is not None:
+        with contextlib.suppress(SandboxGone, Detached):  # whoever follows the stream is told
+            await stream.send(data)
+            await stream.close_input()
+
+
+def check_code(code: str) -> None:
+    """Raises InvalidInput."""
+    size = len(code.encode("utf-8", "surrogatepass"))
+    if size > MAX_CODE_BYTES:
+        raise InvalidInput(
+            f"the code has {size} bytes",
+            cause=f"the limit is {MAX_CODE_BYTES}",
+            remediation="write data to a file with files.write() and read it in the code",
+        )
+    if "\0" in code:
+        raise InvalidInput("the code has a NUL byte", remediation="remove it: no language here accepts one")

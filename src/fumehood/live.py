@@ -4,60 +4,50 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import Counter
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
-from fumehood.errors import InvalidInput, InvalidTransition, SandboxGone
-from fumehood.events import EgressDenied, Event, SyscallRefused
-from fumehood.execution import Capture, Followed, Sinks, follow
-from fumehood.model import (
-    CodeRequest,
-    ConnectionAttempt,
-    ExecRequest,
-    RefusedSyscall,
-    Result,
-    SandboxSpec,
-    SandboxState,
-    Timings,
-    move,
-)
-from fumehood.outcome import Facts, decide, used
+from fumehood.errors import FumehoodError, InvalidInput, InvalidTransition, SandboxGone
+from fumehood.execution import Capture, Followed, Sinks, check_code, feed, follow
+from fumehood.model import CodeRequest, ExecRequest, Result, SandboxSpec, SandboxState, move
 from fumehood.runtime.base import Handle, Stats
 from fumehood.runtime.link import Link
+from fumehood.tally import Tally
+from fumehood.verdict import Seen, result_of
 
-MAX_CODE_BYTES = 4 << 20
 _KILL_WAIT_S = 1.0
-_MAX_DISTINCT = 1_000  # different refused calls or addresses remembered for each sandbox
+_LEAST_S = 0.001  # that a run has left, however long it waited
+COPIED = "the sandbox was copied: attach again"
 
 
 class Live:
-    def __init__(self, sandbox_id: str, spec: SandboxSpec) -> None:
-        self.id, self.spec = sandbox_id, spec
+    """`join` makes the link to the agent of a handle."""
+
+    def __init__(self, sandbox_id: str, spec: SandboxSpec, tier: str, join: Callable[[Handle], Awaitable[Link]]) -> None:
+        self.id, self.spec, self.tier = sandbox_id, spec, tier
         self.state = SandboxState.CREATING
         self.handle: Handle
         self.link: Link
-        self.create_ms = 0.0
-        self.gone_because = ""
-        self._active = 0
-        self._last_reading: tuple[Stats, bool] | None = None  # of the handle, once it is closed
-        self._refused: Counter[tuple[str, str]] = Counter()
-        self._attempts: Counter[ConnectionAttempt] = Counter()
+        self.create_ms, self.gone_because = 0.0, ""
+        self._join, self._active = join, 0
+        # Held while it is copied, rolled back, paused or resumed, and at the beginning of each execution.
+        self._moving = asyncio.Lock()
+        self._last_readings = WeakKeyDictionary[Handle, tuple[Stats, bool]]()  # of handles that are closed
+        self._tally = Tally()
+        self.note = self._tally.note
         self._expiry: asyncio.TimerHandle | None = None
         self._ending: asyncio.Task[None] | None = None
 
-    def note(self, event: Event) -> None:
-        """Host-side events only; nothing that the guest says arrives here (H16)."""
-        match event:
-            case SyscallRefused():
-                _tally(self._refused, (event.name, event.arch))
-            case EgressDenied():
-                _tally(self._attempts, event.attempt)
-            case _:
-                pass
+    @property
+    def is_paused(self) -> bool:
+        return self.state in (SandboxState.PAUSED, SandboxState.QUARANTINED)
 
     async def run(self, request: CodeRequest, sinks: Sinks) -> Result:
         """Code in a context. Raises InvalidInput for code that can't be code, NotFound for an unknown context."""
-        _check_code(request.code)
+        check_code(request.code)
         arguments: dict[str, Any] = {"code": request.code, "language": request.language, "env": dict(request.env)}
         if request.context is not None:
             arguments["id"] = request.context
@@ -77,15 +67,18 @@ class Live:
     async def _execute(
         self, verb: str, arguments: dict[str, Any], timeout_s: float | None, sinks: Sinks, stdin: bytes | None
     ) -> Result:
-        deadline_s = self.deadline(timeout_s)
-        (before, _), refused, attempts = self._reading(), self._refused.copy(), self._attempts.copy()
-        self._enter()
+        deadline_s, asked_at = self.deadline(timeout_s), time.monotonic()
         with contextlib.ExitStack() as undo:  # also when the caller left
-            undo.callback(self._leave)
-            stream = await self.link.open(verb, **arguments)
-            undo.callback(asyncio.create_task(_feed(stream, stdin)).cancel)
-            done = await follow(self.link, stream, verb, Capture(self.spec.limits, sinks), deadline_s, self.kill)
-        return self._result(done, before, self._refused - refused, self._attempts - attempts, deadline_s)
+            async with self._moving:
+                handle, link = self.handle, self.link  # a rollback gives it others, and ends what runs in these
+                (before, _), tally = self._reading(handle), self._tally.copy()
+                self._enter()
+                undo.callback(self._leave)
+            left_s = max(_LEAST_S, deadline_s - (time.monotonic() - asked_at))
+            stream = await link.open(verb, **arguments)
+            undo.callback(asyncio.create_task(feed(stream, stdin)).cancel)
+            done = await follow(link, stream, verb, Capture(self.spec.limits, sinks), left_s, self.kill)
+        return self._result(handle, done, before, tally, deadline_s)
 
     def deadline(self, asked_s: float | None) -> float:
         """A call may shorten the sandbox's own limit, never lengthen it."""
@@ -98,10 +91,13 @@ class Live:
             )
         return limit_s if asked_s is None else asked_s
 
-    def _enter(self) -> None:
+    def check_alive(self) -> None:
         if self.state is SandboxState.STOPPED:
             raise SandboxGone("the sandbox ended", cause=self.gone_because, remediation="create a new sandbox")
-        if self.state in (SandboxState.PAUSED, SandboxState.QUARANTINED):
+
+    def _enter(self) -> None:
+        self.check_alive()
+        if self.is_paused:
             raise InvalidTransition(f"the sandbox is {self.state}", remediation="resume() it first")
         if self.state is not SandboxState.RUNNING:
             self.state = move(self.state, SandboxState.RUNNING)
@@ -112,65 +108,28 @@ class Live:
         if self._active == 0 and self.state is SandboxState.RUNNING:
             self.state = move(self.state, SandboxState.READY)
 
-    def _reading(self) -> tuple[Stats, bool]:
+    def _reading(self, handle: Handle) -> tuple[Stats, bool]:
         """The accounts, and whether the disk is full."""
-        return self._last_reading or (self.handle.stats(), self.handle.disk_is_full())
+        return self._last_readings.get(handle) or (handle.stats(), handle.disk_is_full())
 
-    def _result(
-        self,
-        done: Followed,
-        before: Stats,
-        refused: Counter[tuple[str, str]],
-        attempts: Counter[ConnectionAttempt],
-        deadline_s: float,
-    ) -> Result:
-        self.handle.told(done.capture.account)
-        after, disk_full = self._reading()
-        calls = tuple(RefusedSyscall(name, n, arch) for (name, arch), n in refused.most_common())
-        exit_code = done.number("exit_code")
-        facts = Facts(
-            done.ended,
-            before,
-            after,
-            disk_full=disk_full,
-            refused=calls,
-            egress_denied=sum(attempts.values()),
-            deadline_s=deadline_s,
-            gone_because=self.gone_because or done.gone_because,
-            outcome=str(done.end.get("outcome", "ok")),
-            exit_code=exit_code,
-            signal=done.number("signal"),
-        )
-        status, cause = decide(facts, self.spec.limits)
-        capture = done.capture
-        return Result(
-            status=status,
-            cause=cause,
-            exit_code=exit_code if exit_code is not None else 0 if status == "ok" else None,
-            stdout=capture.text("stdout"),
-            stderr=capture.text("stderr"),
-            stdout_truncated="stdout" in capture.truncated,
-            stderr_truncated="stderr" in capture.truncated,
-            results=tuple(capture.results),
-            error=capture.error,
-            changes=done.changes(),
-            usage=used(before, after, done.execute_s),
-            refused_syscalls=calls,
-            connections=tuple(ConnectionAttempt(a.address, a.port, a.protocol, a.allowed, n) for a, n in attempts.items()),
-            protections=self.handle.protections,
-            timings=Timings(create_ms=self.create_ms, execute_ms=done.execute_s * 1e3),
-            sandbox_id=self.id,
-            context=done.end.get("context"),
-            execution_count=capture.execution_count,
-        )
+    def _result(self, handle: Handle, done: Followed, before: Stats, tally: Tally, deadline_s: float) -> Result:
+        handle.told(done.capture.account)
+        after, disk_full = self._reading(handle)
+        seen = Seen(before, after, disk_full, *self._tally.since(tally), deadline_s, self.gone_because)
+        result = result_of(done, seen, self.spec.limits, tuple(handle.protections))
+        return replace(result, sandbox_id=self.id, timings=replace(result.timings, create_ms=self.create_ms))
 
     async def pause(self) -> None:
-        self.state = move(self.state, SandboxState.PAUSED)
-        await self.handle.pause()
+        async with self._moving:
+            self.state = move(self.state, SandboxState.PAUSED)
+            await self.handle.pause()
 
     async def resume(self) -> None:
-        self.state = move(self.state, SandboxState.RUNNING if self._active else SandboxState.READY)
-        await self.handle.resume()
+        async with self._moving:
+            self.state = move(self.state, SandboxState.RUNNING if self._active else SandboxState.READY)
+            await self.handle.resume()
+            if self.link.lost:  # it was copied while it was paused
+                await self._relink()
 
     async def kill(self, cause: str = "killed by its owner") -> None:
         """End every process, now. The state and the accounts stay readable until close().
@@ -206,6 +165,58 @@ class Live:
         context, _, name = checkpoint.partition(":")
         await self.link.call("context.rollback", id=context, checkpoint=name)
 
+    # -- copies of the whole (supervisor.py)
+
+    @contextlib.asynccontextmanager
+    async def still(self) -> AsyncGenerator[None]:
+        """In here nothing begins in it, nobody else pauses, resumes, copies or rolls it back. Raises SandboxGone."""
+        async with self._moving:
+            self.check_alive()
+            yield
+
+    @contextlib.asynccontextmanager
+    async def copied(self) -> AsyncGenerator[None]:
+        """The same, for who copies it in here. Its link is cut before, for a guest may lose connections by being copied, and
+        made anew afterwards. Raises InvalidTransition too, when something runs in it.
+        """
+        async with self.still():
+            if self._active:
+                raise _busy(self._active)
+            self.link.detach(COPIED)
+            try:
+                yield
+            finally:
+                await self._relink()
+
+    async def _relink(self) -> None:
+        """Contexts and programs are as they were. What is paused answers nobody: then resume() does this."""
+        await self.link.aclose()
+        if self.is_paused or self.state is SandboxState.STOPPED:
+            return
+        try:
+            self.link = await self._join(self.handle)
+        except FumehoodError as e:
+            await self.kill(f"its agent did not come back: {e}")
+            raise
+        if self.state is SandboxState.STOPPED:  # meanwhile
+            self.link.lose(self.gone_because)
+
+    async def replace(self, handle: Handle, link: Link, cause: str) -> None:
+        """In still(): go on as another machine, bound, and paused as this one is. What ran ends, and is told why."""
+        old, self.handle = self.handle, handle
+        old_link, self.link = self.link, link
+        old_link.detach(cause)
+        await old.kill()
+        await self._put_away(old, old_link)
+
+    async def wait_dead(self) -> None:
+        """Returns when it has ended, whatever machine it was then."""
+        while True:
+            handle = self.handle
+            await handle.wait_dead()
+            if handle is self.handle:
+                return
+
     def expire_after(self, seconds: float) -> None:
         if self._expiry is not None:
             self._expiry.cancel()
@@ -218,31 +229,20 @@ class Live:
         await self.kill("closed")
         if self._ending is not None:
             await self._ending
+        await self._put_away(self.handle, self.link)
+
+    async def _put_away(self, handle: Handle, link: Link) -> None:
         # For what ran: it may end after this, for its listener may have stopped reading, and nobody here waits for that.
-        self._last_reading = self._reading()
-        await self.link.aclose()
-        await self.handle.aclose()
+        self._last_readings[handle] = self._reading(handle)
+        await link.aclose()
+        await handle.aclose()
 
 
-async def _feed(stream: Any, data: bytes | None) -> None:
-    if data is not None:
-        with contextlib.suppress(SandboxGone):  # whoever follows the stream is told
-            await stream.send(data)
-            await stream.close_input()
-
-
-def _tally(counter: Counter[Any], key: Any) -> None:
-    if key in counter or len(counter) < _MAX_DISTINCT:
-        counter[key] += 1
-
-
-def _check_code(code: str) -> None:
-    size = len(code.encode("utf-8", "surrogatepass"))
-    if size > MAX_CODE_BYTES:
-        raise InvalidInput(
-            f"the code has {size} bytes",
-            cause=f"the limit is {MAX_CODE_BYTES}",
-            remediation="write data to a file with files.write() and read it in the code",
-        )
-    if "\0" in code:
-        raise InvalidInput("the code has a NUL byte", remediation="remove it: no language here accepts one")
+def _busy(n_active: int) -> InvalidTransition:
+    busy = InvalidTransition(
+        "an execution runs in the sandbox",
+        cause=f"{n_active} of them would be cut off",
+        remediation="try again when it has ended",
+    )
+    busy.retryable = True
+    return busy

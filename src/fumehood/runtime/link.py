@@ -10,6 +10,7 @@ from typing import Any
 from fumehood.agent import wire
 from fumehood.errors import (
     AgentUnresponsive,
+    Detached,
     FileFault,
     FumehoodError,
     InvalidInput,
@@ -41,9 +42,8 @@ class Stream:
         self._link, self.number = link, number
         self._frames: collections.deque[wire.Frame] = collections.deque()
         self._arrived = asyncio.Event()
-        self.buffered_bytes = 0
+        self.buffered_bytes, self._ended = 0, False
         self.ok: dict[str, Any] = {}
-        self._ended = False
 
     def _push(self, frame: wire.Frame) -> None:
         self._frames.append(frame)
@@ -56,7 +56,7 @@ class Stream:
     async def __anext__(self) -> wire.Frame:
         while not self._frames and not self._ended:
             if self._link.lost:
-                raise SandboxGone("the sandbox ended", cause=self._link.lost, remediation="create a new sandbox")
+                raise self._link.over()
             self._arrived.clear()
             await self._arrived.wait()
         if self._ended:
@@ -128,14 +128,12 @@ class Link:
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
-        self._streams: dict[int, Stream] = {}
-        self._next = 1
-        self._space = asyncio.Event()
+        self._streams, self._next = dict[int, Stream](), 1
+        self._space, self._sending = asyncio.Event(), asyncio.Lock()
         self._space.set()
         self._task: asyncio.Task[None] | None = None
-        self._sending = asyncio.Lock()
         self.hello: dict[str, Any] = {}
-        self.lost = ""
+        self.lost, self._detached = "", False
 
     async def start(self, timeout_s: float) -> None:
         """Exchange HELLO. Raises AgentUnresponsive, SetupFailed, WireError or SandboxGone."""
@@ -159,10 +157,9 @@ class Link:
 
     async def open(self, verb: str, **arguments: Any) -> Stream:
         if self.lost:
-            raise SandboxGone("the sandbox ended", cause=self.lost, remediation="create a new sandbox")
-        stream = Stream(self, self._next)
+            raise self.over()
+        stream = self._streams[self._next] = Stream(self, self._next)
         self._next += 1
-        self._streams[stream.number] = stream
         await self.send(wire.encode_json(stream.number, wire.OPEN, {"verb": verb, **arguments}))
         return stream
 
@@ -184,7 +181,7 @@ class Link:
                 await self._writer.drain()
         except (ConnectionError, RuntimeError) as e:
             self.lose(f"the channel broke: {e}")
-            raise SandboxGone("the sandbox ended", cause=self.lost) from None
+            raise self.over() from None
 
     def checked_json(self, frame: wire.Frame) -> dict[str, Any]:
         try:
@@ -230,6 +227,18 @@ class Link:
         self._writer.close()
         for stream in self._streams.values():
             stream._arrived.set()  # pyright: ignore[reportPrivateUsage]
+
+    def detach(self, why: str) -> None:
+        """The sandbox goes on without it: who uses it must ask again. What is unsent is dropped: a paused one reads nothing."""
+        self._detached = not self.lost
+        self.lose(why)
+        self._writer.transport.abort()
+
+    def over(self) -> FumehoodError:
+        """What `lost` means to whoever asks."""
+        if self._detached:
+            return Detached("the connection to the sandbox was cut", cause=self.lost, remediation="ask again: it goes on")
+        return SandboxGone("the sandbox ended", cause=self.lost, remediation="create a new sandbox")
 
     async def aclose(self) -> None:
         self.lose("closed by its owner")
