@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import logging
 import os
 import secrets
 import time
@@ -20,22 +22,32 @@ from fumehood.live import Live
 from fumehood.model import SandboxSpec, SandboxState, move
 from fumehood.runtime.base import Handle, Runtime, SnapshotFacts, Snapshots
 from fumehood.runtime.link import Link
+from fumehood.runtime.tiers import Choice, choose
 
+_log = logging.getLogger("fumehood")
 T = TypeVar("T")
 MAX_FORKS = 64  # of one sandbox at once
 
 
 class Supervisor:
-    """Creates, finds and ends sandboxes. `tiers`: how to make the runtime of each, strongest first, on first use."""
+    """Creates, finds and ends sandboxes. `tiers`: how to make the runtime of each, on first use."""
 
     def __init__(self, config: Config, tiers: Mapping[str, Callable[[Config], Runtime]]) -> None:
         self.config, self._tiers = config, tiers
         self._runtimes: dict[str, Runtime] = {}
         self._live: dict[str, Live] = {}
 
+    @functools.cached_property
+    def choice(self) -> Choice:
+        """What `auto` is as long as this lives: what is proven meanwhile counts for the next."""
+        found = choose(self.config)
+        if found.weaker:
+            _log.warning("%s", found.weaker)
+        return found
+
     def runtime(self, tier: str) -> Runtime:
         """`auto` is the strongest tier here that was proved to work; a named one is that one or an error, never a weaker."""
-        name = next(iter(self._tiers)) if tier == "auto" else tier
+        name = self.choice.tier if tier == "auto" else tier
         if name not in self._tiers:
             known = ", ".join(["auto", *self._tiers])
             raise InvalidInput(f"unknown tier: {tier!r}", cause=f"this build has: {known}", remediation="pick one of them")
@@ -97,8 +109,8 @@ class Supervisor:
         return forks
 
     async def rollback(self, live: Live, snapshot_id: str) -> None:
-        """`live` goes on from that snapshot, under its own id and paused if it was; what runs in it is killed. The old machine goes
-        on until the new one is ready, and stays when that fails. Raises as `restore`.
+        """`live` goes on from that snapshot, under its own id and paused if it was; what runs in it is killed. The old
+        machine goes on until the new one is ready, and stays when that fails. Raises as `restore`.
         """
         runtime = self.copying(live.tier)
         async with live.still(), contextlib.AsyncExitStack() as undo:
