@@ -120,8 +120,8 @@ class AsyncSandbox(Core):
         return await await_engine(self._engine, self.port.checkpoint(context))
 
     async def snapshot(self, metadata: Mapping[str, str] | None = None) -> Snapshot:
-        """Keep all of it as it is now, memory, programs and files, for Sandbox(snapshot=), fork and rollback. It stands still
-        meanwhile, then goes on; the snapshot outlives it, until discard_snapshot().
+        """Keep all of it as it is now, memory, programs and files, for rollback() and Sandbox(snapshot=); discard_snapshot() ends that.
+        It goes on afterwards; whoever followed a program or a watch in it gets Detached.
 
         Raises Unsupported (a tier without snapshots, such as native), InvalidTransition while something runs in it,
         CapacityExceeded (the disk is full), InvalidInput (`metadata` is kept by a server only).
@@ -132,14 +132,13 @@ class AsyncSandbox(Core):
         """`count` (1 to 64) running copies, all or none, open already: use each in `async with`, or close() it. None sees
         another or this one; ids, clock and the kernel's random numbers are their own, and so is their time to live.
 
-        Raises Unsupported (a tier without snapshots), InvalidTransition while something runs in it, CapacityExceeded,
-        InvalidInput.
+        Raises as snapshot().
         """
         return await await_engine(self._engine, self._fork(count))
 
     async def rollback(self, name: str) -> None:
         """Back to what `checkpoint()` kept of a context, or to a `snapshot()` of this sandbox, by its id: memory, programs
-        and files; what was started since is gone. Raises NotFound for an unknown one, Unsupported, InvalidTransition.
+        and files; what runs in it ends. Raises NotFound for an unknown one, Unsupported, CapacityExceeded, SandboxGone.
         """
         await await_engine(self._engine, self._rollback(name))
 
@@ -281,8 +280,8 @@ class Sandbox(Core):
         return block_on(self._engine, self.port.checkpoint(context))
 
     def snapshot(self, metadata: Mapping[str, str] | None = None) -> Snapshot:
-        """Keep all of it as it is now, memory, programs and files, for Sandbox(snapshot=), fork and rollback. It stands still
-        meanwhile, then goes on; the snapshot outlives it, until discard_snapshot().
+        """Keep all of it as it is now, memory, programs and files, for rollback() and Sandbox(snapshot=); discard_snapshot() ends that.
+        It goes on afterwards; whoever followed a program or a watch in it gets Detached.
 
         Raises Unsupported (a tier without snapshots, such as native), InvalidTransition while something runs in it,
         CapacityExceeded (the disk is full), InvalidInput (`metadata` is kept by a server only).
@@ -293,14 +292,13 @@ class Sandbox(Core):
         """`count` (1 to 64) running copies, all or none, open already: use each in `with`, or close() it. None sees
         another or this one; ids, clock and the kernel's random numbers are their own, and so is their time to live.
 
-        Raises Unsupported (a tier without snapshots), InvalidTransition while something runs in it, CapacityExceeded,
-        InvalidInput.
+        Raises as snapshot().
         """
         return block_on(self._engine, self._fork(count))
 
     def rollback(self, name: str) -> None:
         """Back to what `checkpoint()` kept of a context, or to a `snapshot()` of this sandbox, by its id: memory, programs
-        and files; what was started since is gone. Raises NotFound for an unknown one, Unsupported, InvalidTransition.
+        and files; what runs in it ends. Raises NotFound for an unknown one, Unsupported, CapacityExceeded, SandboxGone.
         """
         block_on(self._engine, self._rollback(name))
 
