@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-SERVICE = "## The service under load"  # from here on the page is bench.load's
+SERVICE, MICROVM = "## The service under load", "## MicroVMs"
+_PARTS = ("# Benchmarks", SERVICE, MICROVM)  # each written by another run
 _SNIPPETS = {"print": "print(1)", "pandas": "pandas describe()"}
 
 
@@ -16,13 +17,21 @@ def write(report: dict[str, Any], data: Path, page: Path) -> None:
     picture = data.with_suffix(".svg")
     _chart(report, picture)
     where = {name: os.path.relpath(path, page.parent) for name, path in (("data", data), ("picture", picture))}
-    service = page.read_text().partition(SERVICE)[1:] if page.exists() else ()
-    page.write_text("\n".join(_lines(report, where)) + "\n" + ("\n" + "".join(service) if any(service) else ""))
+    put(page, _PARTS[0], "\n".join(_lines(report, where)))
+
+
+def put(page: Path, head: str, text: str) -> None:
+    """Replaces the part of `page` that begins with `head`, or adds it where it belongs."""
+    parts, current = dict[str, list[str]](), _PARTS[0]
+    for line in page.read_text().splitlines() if page.exists() else ():
+        current = line if line in _PARTS else current
+        parts.setdefault(current, []).append(line)
+    parts[head] = [head, *text.splitlines()]
+    page.write_text("\n\n".join("\n".join(parts[name]).strip() for name in _PARTS if name in parts) + "\n")
 
 
 def _lines(report: dict[str, Any], where: dict[str, str]) -> Iterator[str]:
     machine = report["machine"]
-    yield "# Benchmarks"
     yield "\nWritten by `make bench`; do not edit. Every figure is of one run on one machine, peers included:"
     yield f"{machine['cpus']} × {machine['cpu']}, {machine['memory_mib'] / 1024:.0f} GiB, Linux {machine['kernel']},"
     yield f"cgroup {machine['cgroup']}, Python {machine['python']}, {'root' if machine['uid'] == 0 else 'an ordinary user'},"

@@ -8,17 +8,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bench.page import SERVICE, verdict
+from bench.page import SERVICE, put, verdict
 
 _P = ("p50_ms", "p95_ms", "p99_ms")
 _FATES = ("answered", "refused", "aborted", "unexpected", "lost")
 
 
 def write(report: dict[str, Any], data: Path, page: Path) -> None:
-    """Replaces the section, or adds it at the end."""
-    above = page.read_text().partition(SERVICE)[0].rstrip() if page.exists() else "# Benchmarks"
+    """Replaces the section, or adds it."""
     where = os.path.relpath(data, page.parent)
-    page.write_text(f"{above}\n\n{SERVICE}\n" + "\n".join(_lines(report, f"[{data.name}]({where})")) + "\n")
+    put(page, SERVICE, "\n".join(_lines(report, f"[{data.name}]({where})")))
 
 
 def _prose(*parts: str) -> str:

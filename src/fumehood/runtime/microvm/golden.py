@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ FORMAT = 1
 STEP_BYTES = 256 * MIB  # machines come in multiples of it, so that few golden snapshots serve all limits
 RESERVE_BYTES = 64 * MIB  # of a machine's memory, for its kernel and PID 1
 _BOOT = Limits(cpus=4.0)
+_INPUTS = ("format", "vmm", "version", "generation", "kernel", "image", "boot_args")
 
 
 class Golden:
@@ -98,8 +100,8 @@ class Golden:
 
         def make(directory: Path) -> Facts:
             link(files.items(), directory)
-            asyncio.run_coroutine_threadsafe(self._boot(directory, facts), loop).result()
-            return facts
+            boot_s = asyncio.run_coroutine_threadsafe(self._boot(directory, facts), loop).result()
+            return {**facts, "boot_s": round(boot_s, 2)}
 
         return await asyncio.to_thread(
             self._assets.publish, "snapshots", name, make, facts["memory_bytes"], known=(kernel, image)
@@ -111,10 +113,12 @@ class Golden:
         for other in self._assets.all("snapshots"):
             if not isinstance(other, Manifest) or other.name.rpartition("-")[0] != kind:
                 continue
-            if {**other.facts, "memory_bytes": 0} != {**made.facts, "memory_bytes": 0}:
+            if any(other.facts.get(fact) != made.facts[fact] for fact in _INPUTS):
                 self._assets.remove("snapshots", other.name)
 
-    async def _boot(self, directory: Path, facts: Facts) -> None:
+    async def _boot(self, directory: Path, facts: Facts) -> float:
+        """How many seconds it took to its agent's first answer."""
+        started = time.monotonic()
         machine_spec = machine_in(directory, facts)
         async with self._places.taken(machine_spec.memory_bytes, _BOOT) as (place, account):
             machine = await self._vmm.boot(machine_spec, place)
@@ -124,9 +128,11 @@ class Golden:
                     link = Link(*await machine.connect())
                     await link.start(self._config.microvm_boot_timeout_s)
                     await link.call("ping")
+                boot_s = time.monotonic() - started
                 await link.aclose()
                 await machine.pause()
                 await machine.snapshot(directory)
+                return boot_s
             except TimeoutError:
                 raise SetupFailed(
                     "the guest did not come up",
