@@ -120,8 +120,8 @@ class AsyncSandbox(Core):
         return await await_engine(self._engine, self.port.checkpoint(context))
 
     async def snapshot(self, metadata: Mapping[str, str] | None = None) -> Snapshot:
-        """Keep all of it as it is now, memory, programs and files, for rollback() and Sandbox(snapshot=); discard_snapshot() ends that.
-        It goes on afterwards; whoever followed a program or a watch in it gets Detached.
+        """Keep all of it as it is now, memory, programs and files, for rollback() and Sandbox(snapshot=).
+        It goes on afterwards; whoever followed a program or a watch in it gets Detached. discard_snapshot() forgets it.
 
         Raises Unsupported (a tier without snapshots, such as native), InvalidTransition while something runs in it,
         CapacityExceeded (the disk is full), InvalidInput (`metadata` is kept by a server only).
@@ -280,8 +280,8 @@ class Sandbox(Core):
         return block_on(self._engine, self.port.checkpoint(context))
 
     def snapshot(self, metadata: Mapping[str, str] | None = None) -> Snapshot:
-        """Keep all of it as it is now, memory, programs and files, for rollback() and Sandbox(snapshot=); discard_snapshot() ends that.
-        It goes on afterwards; whoever followed a program or a watch in it gets Detached.
+        """Keep all of it as it is now, memory, programs and files, for rollback() and Sandbox(snapshot=).
+        It goes on afterwards; whoever followed a program or a watch in it gets Detached. discard_snapshot() forgets it.
 
         Raises Unsupported (a tier without snapshots, such as native), InvalidTransition while something runs in it,
         CapacityExceeded (the disk is full), InvalidInput (`metadata` is kept by a server only).
