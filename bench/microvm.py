@@ -62,7 +62,7 @@ class Tier:
     async def measure(self) -> dict[str, Any]:
         spec, pandas = resolve("default"), resolve("default", template="data-analysis")
         say(f"{self._name}: the golden snapshots")
-        rows: dict[str, Any] = {"boot_s": {what: await self._boot_s(one) for what, one in (("python", spec), ("pandas", pandas))}}
+        rows: dict[str, Any] = {"boot_s": {"python": await self._boot_s(spec), "pandas": await self._boot_s(pandas)}}
         for what, work in {
             "restored": (lambda: self._once(spec), self._samples),
             "restored_pandas": (lambda: self._once(pandas, DESCRIBE, "1000"), max(5, self._samples // 4)),

@@ -25,12 +25,12 @@ def write(report: dict[str, Any], data: Path, page: Path) -> None:
 
 def _lines(report: dict[str, Any], link: str) -> Iterator[str]:
     machine = report["machine"]
-    yield "\nWritten by `python -m bench.microvm`; do not edit. Through the supervisor, as the server makes them, all protections on:"
+    yield "\nWritten by `python -m bench.microvm`; do not edit. Through the supervisor, as the server makes them:"
     yield f"{machine['cpus']} × {machine['cpu']}, Linux {machine['kernel']}, {report['date']}. Raw data: {link}."
     if report["contended"]:
         yield f"\n**Taken on a busy machine, so worse than its own figures:** {report['contended']} before it began."
-    yield "\nFirecracker runs here on a KVM that is itself emulated: user code at the processor's own speed, what the guest's kernel does"
-    yield "at about 0.5 µs an instruction. QEMU emulates all of it (TCG), about 13 times slower for user code."
+    yield "\nFirecracker runs here on a KVM that is itself emulated: user code at the processor's own speed, what the guest's"
+    yield "kernel does at about 0.5 µs an instruction. QEMU emulates all of it (TCG), about 13 times slower for user code."
     yield "\n| target | limit | measured | |\n|---|---:|---:|---|"
     yield from map(verdict, report["targets"])
     yield "\n| | | ok | p50 | p95 | p99 | boot ÷ p50 |\n|---|---|---:|---:|---:|---:|---:|"
@@ -39,8 +39,8 @@ def _lines(report: dict[str, Any], link: str) -> Iterator[str]:
             yield _row(tier, what, report[tier][name], report[tier]["boot_s"], name)
     yield "\n| | boots in, s | with pandas | PSS of each of 8 clones, MiB | CPU of a paused one |\n|---|---:|---:|---:|---:|"
     for tier in ("firecracker", "qemu"):
-        r = report[tier]
-        yield f"| {tier} | {r['boot_s']['python']} | {r['boot_s']['pandas']} | {r['pss_mib_each']} | {r['paused_cpu_share']:.2%} |"
+        r, boots = report[tier], report[tier]["boot_s"]
+        yield f"| {tier} | {boots['python']} | {boots['pandas']} | {r['pss_mib_each']} | {r['paused_cpu_share']:.2%} |"
 
 
 def _row(tier: str, what: str, row: dict[str, Any], boot_s: dict[str, float], name: str) -> str:

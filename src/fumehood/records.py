@@ -13,6 +13,7 @@ SCOPES: tuple[Scope, ...] = ("sandboxes", "admin")
 OnExpiry = Literal["kill", "pause"]
 ExecutionKind = Literal["code", "exec"]
 ExecutionState = Literal["queued", "running", "done"]
+SnapshotState = Literal["making", "ready", "gone"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +94,28 @@ class ExecutionRecord:
     status: Status | None = None
     cause: str = ""
     result: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotRecord:
+    """A copy of a whole sandbox. `spec` is what the next one from it is made with, as JSON text (service/spec_json.py).
+
+    `making`: its files may be there in part, `size_bytes` is what it may come to; `gone`: the files were lost.
+    """
+
+    id: str
+    tenant: str
+    key_id: str
+    sandbox_id: str
+    tier: str
+    template: str
+    policy: str
+    policy_hash: str
+    spec: str
+    state: SnapshotState
+    created_at: float
+    size_bytes: int
+    metadata: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 @dataclass(frozen=True, slots=True)

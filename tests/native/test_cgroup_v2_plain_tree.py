@@ -15,7 +15,7 @@ from fumehood.errors import CapacityExceeded, SetupFailed
 from fumehood.model import MIB, Enforcement, Limits
 from fumehood.runtime.host import cgroup_v2
 from fumehood.runtime.host.cgroup import Group, Layout, probe
-from fumehood.runtime.host.cgroup_layout import whole_disk
+from fumehood.runtime.host.cgroup_layout import settle, whole_disk
 
 LIMITS = Limits(cpus=0.5, memory_bytes=64 * MIB, swap_bytes=MIB, pids=16, io_read_bps=10 * MIB, io_write_bps=0)
 LEAF = {
@@ -168,6 +168,71 @@ def test_an_ordinary_user_builds_in_the_nearest_delegated_group_that_holds_no_pr
     assert found(tmp_path, root, "/user/app/run.scope").places["memory"].base == str(root / "user/app")
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     assert found(tmp_path, root, "/user/app/run.scope").places["memory"].base == str(root)
+
+
+@pytest.fixture
+def unit(tmp_path: Path) -> Path:
+    """A service's group that systemd delegated, which holds us."""
+    root = lay(tmp_path / "cgroup", SYSTEM)
+    lay(root / "system.slice", LEAF)
+    unit = lay(root / "system.slice/fumehood.service", LEAF | {"cgroup.procs": "4711\n"})
+    os.setxattr(unit, "user.delegate", b"1")
+    return unit
+
+
+@pytest.mark.root
+def test_root_builds_in_the_unit_that_was_delegated_to_it_and_not_in_another_users(tmp_path: Path, unit: Path) -> None:
+    """The unit's limits and its end are then also the sandboxes'."""
+    root, inside = unit.parents[1], lay(unit / "supervisor", LEAF | {"cgroup.procs": "4711\n"})
+    (unit / "cgroup.procs").write_text("")
+    own = f"/{inside.relative_to(root)}"
+    assert found(tmp_path, root, own).places["memory"].base == str(unit)
+    os.chown(unit, 1000, 1000)
+    assert found(tmp_path, root, own).places["memory"].base == str(root)
+    os.chown(unit, 0, 0)
+    os.removexattr(unit, "user.delegate")
+    assert found(tmp_path, root, own).places["memory"].base == str(root)
+
+
+def test_a_delegated_group_that_holds_us_is_left_for_one_below_it(tmp_path: Path, unit: Path) -> None:
+    settled(tmp_path, unit)
+    assert (unit / "supervisor/cgroup.procs").read_text() == "4711"
+
+
+@pytest.mark.parametrize("lacks", ["mark", "memory", "process"])
+def test_a_group_is_not_left_without_need(tmp_path: Path, unit: Path, lacks: str) -> None:
+    """Other programs' groups, a hybrid host's, and one that can hand controllers down as it is."""
+    if lacks == "mark":
+        os.removexattr(unit, "user.delegate")
+    else:
+        file, rest = {"memory": ("cgroup.controllers", "pids\n"), "process": ("cgroup.procs", "")}[lacks]
+        (unit / file).write_text(rest)
+    settled(tmp_path, unit)
+    assert not (unit / "supervisor").exists()
+
+
+def settled(tmp_path: Path, unit: Path) -> None:
+    root = unit.parents[1]
+    (tmp_path / "mountinfo").write_text(f"41 31 0:38 / {root} rw,relatime - cgroup2 cgroup2 rw\n")
+    (tmp_path / "own").write_text(f"0::/{unit.relative_to(root)}\n")
+    settle(str(root), str(tmp_path / "mountinfo"), str(tmp_path / "own"))
+
+
+def test_a_device_without_counts_does_not_spoil_the_others(layout: Layout) -> None:
+    """Linux 5.x: such devices' numbers stand in front of the next line's."""
+    group = Group.create(layout, "inst", "sbox", LIMITS)
+    (made(layout) / "io.stat").write_text("7:1 7:0 254:0 rbytes=10 wbytes=20 rios=1 wios=1 dbytes=0 dios=0\n8:16 \n")
+    assert (group.reading().usage.io_read_bytes, group.reading().usage.io_write_bytes) == (10, 20)
+    group.close()
+
+
+def test_a_kernel_without_a_peak_of_memory_still_gives_the_one_it_was_seen_at(layout: Layout) -> None:
+    group = Group.create(layout, "inst", "sbox", LIMITS)
+    (made(layout) / "memory.peak").unlink()
+    assert group.reading().usage.peak_memory_bytes == 1048576
+    (made(layout) / "memory.current").write_text("4096\n")
+    assert (group.reading().memory_bytes, group.reading().usage.peak_memory_bytes) == (4096, 1048576)
+    group.close()
 
 
 def test_a_group_path_from_outside_our_namespace_is_not_followed(tmp_path: Path) -> None:

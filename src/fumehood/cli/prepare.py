@@ -59,6 +59,7 @@ async def _prepare(tier: str, template: str, install: bool, as_json: bool) -> in
         create_ms = await preparation.first_sandboxes()
     row: dict[str, Any] = {
         **{name: getattr(proof, name) for name in ("tier", "version", "kernel", "accel")},
+        "is": str(proof),
         "template": template,
         "create_ms": round(create_ms),
         "seconds": round(time.monotonic() - started, 1),
@@ -71,8 +72,7 @@ async def _prepare(tier: str, template: str, install: bool, as_json: bool) -> in
 
 def _in_words(row: dict[str, Any]) -> str:
     auto = "; auto takes it from now on (a running server: from its next start)" if row["tier"] == "firecracker" else ""
-    machine = f"{row['tier']} {row['version']}, kernel {row['kernel']}, {row['accel']}"
-    return f"ready: {machine}, a sandbox in {row['create_ms']} ms{auto}; try: {row['next']}"
+    return f"ready: {row['is']}, a sandbox in {row['create_ms']} ms{auto}; try: {row['next']}"
 
 
 @dataclasses.dataclass(frozen=True)

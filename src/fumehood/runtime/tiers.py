@@ -105,7 +105,7 @@ def microvm(config: Config, tier: str) -> Standing:
 
 def _in_words(proof: Proof) -> str:
     day = time.strftime("%Y-%m-%d", time.localtime(proof.at))
-    return f"{proof.tier} {proof.version} with the kernel {proof.kernel} by {proof.accel}, tried on {day} in {proof.seconds:.1f} s"
+    return f"{proof}; tried on {day}, {proof.seconds:.1f} s"
 
 
 def _proven(config: Config, tier: str) -> Proof:

@@ -1,4 +1,4 @@
-"""What the service remembers, in one SQLite file (WAL): keys, histories, replies, events. The only SQL of the package.
+"""What the service remembers, in one SQLite file (WAL): keys, histories, replies, events, snapshots. The only SQL of the package.
 
 What was acknowledged survives `kill -9` of the server at any moment. With `flush` it survives a power cut too, as keys and
 their revocation always do; without it a power cut takes the last half second of histories, never the file's soundness.
@@ -23,6 +23,7 @@ from fumehood.records import ApiKey, EventRecord, ExecutionRecord, IdempotentRep
 from fumehood.store import changes, rows
 from fumehood.store.reader import Reader
 from fumehood.store.schema import connect, lock, prepare
+from fumehood.store.snapshots import SnapshotTable
 from fumehood.store.writer import Writer
 
 MAX_EVENT_BYTES = 16 * 1024
@@ -40,9 +41,8 @@ class Store:
     def __init__(self, reader: Reader, writer: Writer, clock: Callable[[], float]) -> None:
         self.recovered = Recovered()
         self.unpruned_bytes = 0  # of results, since the last prune that succeeded began
-        self._reader = reader
-        self._writer = writer
-        self._clock = clock
+        self._reader, self._writer, self._clock = reader, writer, clock
+        self.snapshots = SnapshotTable(reader, writer)
         self._held: int | None = None
 
     @classmethod

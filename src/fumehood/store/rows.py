@@ -10,10 +10,10 @@ from dataclasses import asdict, fields
 from typing import Any, TypeVar, cast
 
 from fumehood.errors import Conflict, FumehoodError, InvalidInput, StoreFailed
-from fumehood.records import ApiKey, EventRecord, ExecutionRecord, IdempotentReply, KeyLimits, SandboxRecord
+from fumehood.records import ApiKey, EventRecord, ExecutionRecord, IdempotentReply, KeyLimits, SandboxRecord, SnapshotRecord
 
-Record = ApiKey | SandboxRecord | ExecutionRecord | EventRecord | IdempotentReply
-R = TypeVar("R", ApiKey, SandboxRecord, ExecutionRecord, EventRecord, IdempotentReply)
+Record = ApiKey | SandboxRecord | ExecutionRecord | EventRecord | IdempotentReply | SnapshotRecord
+R = TypeVar("R", ApiKey, SandboxRecord, ExecutionRecord, EventRecord, IdempotentReply, SnapshotRecord)
 MAX_PAGE = 1000
 
 

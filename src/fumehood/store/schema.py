@@ -56,6 +56,13 @@ MIGRATIONS: list[str] = [
     UPDATE executions SET result_bytes = length(CAST(result AS BLOB)) WHERE result != '';
     CREATE INDEX executions_by_bytes ON executions (tenant, seq DESC, result_bytes) WHERE result_bytes > 0
     """,
+    """
+    CREATE TABLE snapshots (
+        seq INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, tenant TEXT NOT NULL, key_id TEXT NOT NULL, sandbox_id TEXT NOT NULL,
+        tier TEXT NOT NULL, template TEXT NOT NULL, policy TEXT NOT NULL, policy_hash TEXT NOT NULL, spec TEXT NOT NULL,
+        state TEXT NOT NULL, created_at REAL NOT NULL, size_bytes INTEGER NOT NULL, metadata TEXT NOT NULL);
+    CREATE INDEX snapshots_of_tenant ON snapshots (tenant, seq)
+    """,
 ]
 
 

@@ -119,6 +119,8 @@ class WatchAccount:
 
 
 def layout(config: Config) -> Layout:
+    """Raises SetupFailed when a group that was delegated to us can't be left."""
+    cgroup_layout.settle()  # first: a group that we are still in is no place
     return cgroup_layout.probe(state_dir=str(config.state_dir))
 
 

@@ -36,7 +36,7 @@ class Group:
         self._directories: list[Directory] = []
         self._written: dict[str, str] = {}
         self._absent: set[str] = set()
-        self._peak_pids = 0
+        self._peak_pids = self._peak_memory = 0
         self._refused: int | None = None
 
     @classmethod
@@ -157,15 +157,17 @@ class Group:
         found = cgroup_v1.read(self._of[1]) | cgroup_v2.read(self._of[2])
         pids = found.get("pids", 0)
         self._peak_pids = max(self._peak_pids, pids, found.get("pids_peak", 0))
+        memory = found.get("memory", 0)
+        self._peak_memory = max(self._peak_memory, memory, found.get("memory_peak", 0))  # v2 has no such file before 5.19
         return Stats(
             usage=Usage(
                 cpu_s=found.get("cpu_ns", 0) / 1e9,
-                peak_memory_bytes=found.get("memory_peak", 0),
+                peak_memory_bytes=self._peak_memory,
                 peak_pids=self._peak_pids,
                 io_read_bytes=found.get("io_read", 0),
                 io_write_bytes=found.get("io_write", 0),
             ),
-            memory_bytes=found.get("memory", 0),
+            memory_bytes=memory,
             pids=pids,
             oom_kills=found.get("oom_kills", 0),
             pids_refused=found.get("pids_refused", 0) if self._refused is None else self._refused,
@@ -200,7 +202,7 @@ class Group:
         """
         if self._refused is None:
             self._refused = self.reading().pids_refused
-        if not ("freezer" in self._of[2] and cgroup_v2.kill(self._of[2]["freezer"])):
+        if not self._killed_at_once():
             self._stop_forks()
         if not wait(self._killed, timeout_s):
             raise InvalidTransition(
@@ -212,8 +214,12 @@ class Group:
 
     def signal_all(self) -> None:
         """SIGKILL to whoever is in the group now: one round, no promise; `kill` makes one."""
-        if self._directories:
+        if self._directories and not self._killed_at_once():
             signal_all(self._directories[0])
+
+    def _killed_at_once(self) -> bool:
+        """By cgroup.kill, which misses nobody; False where the kernel has none."""
+        return "freezer" in self._of[2] and cgroup_v2.kill(self._of[2]["freezer"])
 
     def _listed(self) -> list[int]:
         return sorted({pid for directory in self._directories for pid in directory.pids()})

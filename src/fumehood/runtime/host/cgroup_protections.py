@@ -6,8 +6,7 @@ from fumehood.model import Enforcement, Limits, Protection
 from fumehood.runtime.host.cgroup_layout import Layout
 
 FIX = (
-    "run the supervisor as root, or start it with systemd-run --user --scope -p Delegate=yes; as a system service: "
-    "Delegate=cpu memory pids io and DelegateSubgroup=supervisor"
+    "run the supervisor as root, or start it with systemd-run --user --scope -p Delegate=yes; as a system service: Delegate=yes"
 )
 _CONTROLLER = {
     "cpu": "cpu",

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
 
 from fumehood.model import Limits
 from fumehood.runtime.host.cgroup_tree import Directory, wait
 
 PERIOD_US = 100_000
 DOOR = "cgroup.procs"
+SUPERVISOR = "supervisor"  # where the processes of a delegated group go
+_ROUNDS = 8
 
 # cpuacct and freezer are part of the core there: every directory has cpu.stat, and since 5.2 cgroup.freeze.
 CORE = frozenset({"cpuacct", "freezer"})
@@ -63,7 +68,8 @@ def read(of: Mapping[str, Directory]) -> dict[str, int]:
         found["pids_peak"] = pids.number("pids.peak")
         found["pids_refused"] = pids.table("pids.events").get("max", 0)
     if io := of.get("io"):
-        fields = [field.split("=") for line in io.read("io.stat").splitlines() for field in line.split()[1:]]
+        # A device without counts may have its number alone, on a line of its own or in front of the next one.
+        fields = [field.split("=") for field in io.read("io.stat").split() if "=" in field]
         found["io_read"] = sum(int(n) for key, n in fields if key == "rbytes")
         found["io_write"] = sum(int(n) for key, n in fields if key == "wbytes")
     return found
@@ -78,6 +84,23 @@ def enable(path: str, controllers: set[str]) -> None:
             directory.write("cgroup.subtree_control", " ".join(f"+{c}" for c in sorted(lacking)))
     finally:
         directory.close()
+
+
+def vacate(path: str) -> None:
+    """Every process of `path` into a group below it. Raises OSError.
+
+    In rounds, for what forks meanwhile. Who is left after the last one shows when controllers are to be handed down.
+    """
+    below = f"{path}/{SUPERVISOR}"
+    with suppress(FileExistsError):
+        os.mkdir(below)
+    for _ in range(_ROUNDS):
+        pids = Path(path, "cgroup.procs").read_text().split()
+        for pid in pids:
+            with suppress(ProcessLookupError):  # it has ended
+                Path(below, "cgroup.procs").write_text(pid)
+        if not pids:
+            return
 
 
 def freeze(core: Directory, timeout_s: float) -> bool:

@@ -32,6 +32,7 @@ FACTS = {
     "image": "the guest image",
     "agent": "fumehood's agent",
 }
+_QEMU_SAYS = "QEMU emulator version "
 _MOST_BYTES = 1 << 20
 _FAULTS = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)  # of a file that is damaged
 
@@ -59,6 +60,9 @@ class Proof:
     def lost(self) -> bool:
         """It was proven once and is not any more: who relied on it must be told."""
         return not self.proven and self.proven_at > 0
+
+    def __str__(self) -> str:
+        return f"{self.tier} {self.version.removeprefix(_QEMU_SAYS)}, kernel {self.kernel}, {self.accel}"
 
     @classmethod
     def load(cls, config: Config, tier: str) -> Self:

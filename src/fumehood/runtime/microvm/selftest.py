@@ -97,7 +97,7 @@ async def _found(config: Config, tier: str, step: Step, image_name: str, kernels
     try:
         for number, attempt in enumerate(attempts):
             step(f"booting a guest: {attempt}", number, len(attempts))
-            if not (failure := await _failure(places, monitor(config, tier, attempt.accel), attempt, image)):
+            if not (failure := await failure_of(places, monitor(config, tier, attempt.accel), attempt, image)):
                 now = await asyncio.to_thread(facts, config, tier, attempt.kernel, image)
                 return Proof(tier, "", attempt.kernel.name, attempt.accel, image.name, version, now)
             failures.append(f"{attempt}: {failure}")
@@ -139,7 +139,7 @@ def _has_kvm() -> bool:
     return True
 
 
-async def _failure(places: Places, vmm: Vmm, attempt: Attempt, image: Manifest) -> str:
+async def failure_of(places: Places, vmm: Vmm, attempt: Attempt, image: Manifest) -> str:
     """Empty: a guest did what it was asked, after its boot and after a restore."""
     kernel = attempt.kernel
     initrd = kernel.path(INITRD) if INITRD in kernel.files else None

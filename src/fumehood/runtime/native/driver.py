@@ -191,7 +191,7 @@ class NativeRuntime:
             "writable": spec.files.writable,
             "read_only": spec.files.read_only,
             "hidden": spec.files.hidden,
-            "rlimits": rlimits(spec.limits, rootless=self._rootless),
+            "rlimits": rlimits(spec.limits, grouped=accounting.has_groups(self._layout)),
             "floor": self._floor,
             "policy": self._filter(spec)[0],
             "prestart": [],  # a session forked before its first run would cost every idle sandbox 3 MiB

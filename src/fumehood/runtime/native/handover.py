@@ -37,10 +37,11 @@ def send_plan(channel: socket.socket, plan: dict[str, Any], doors: list[int], ti
     channel.setblocking(False)
 
 
-def rlimits(limits: Limits, *, rootless: bool) -> dict[str, int]:
+def rlimits(limits: Limits, *, grouped: bool) -> dict[str, int]:
     values = {"RLIMIT_NOFILE": limits.open_files, "RLIMIT_CORE": 0, "RLIMIT_MSGQUEUE": 0, "RLIMIT_MEMLOCK": 1 << 16}
-    # Counted per user namespace since Linux 5.14, so it bounds this sandbox alone; cgroups do it better where we have them.
-    return values | ({"RLIMIT_NPROC": limits.pids} if rootless else {})
+    # Counted per user namespace since Linux 5.14, so it bounds this sandbox alone. Beside a cgroup with the same limit it would
+    # be the one that refuses, and the cgroup, which counts refusals and can be set anew, would hear of none.
+    return values if grouped else values | {"RLIMIT_NPROC": limits.pids}
 
 
 def write_maps(pid: int, uid: int) -> None:
