@@ -13,7 +13,7 @@ DAY_S = 86_400.0
 
 def shell(
     policy: Annotated[str | None, typer.Option(help="A preset or a policy file.")] = None,
-    tier: Annotated[str, typer.Option(help="auto, native or fake.")] = "auto",
+    tier: Annotated[str, typer.Option(help="auto, native, firecracker, qemu or fake.")] = "auto",
     template: Annotated[str | None, typer.Option(help="What the sandbox is made from.")] = None,
     command: Annotated[str, typer.Option("--command", help="The program to start.")] = "bash",
 ) -> None:
