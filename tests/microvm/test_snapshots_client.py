@@ -78,7 +78,7 @@ def box(where: Where) -> Iterator[Sandbox]:
 
 
 def later(snapshot_id: str, where: Where) -> Sandbox:
-    return Sandbox(snapshot=snapshot_id, limits=MEMORY, **where)
+    return Sandbox(snapshot=snapshot_id, **where)
 
 
 def ticks(box: Sandbox) -> int:

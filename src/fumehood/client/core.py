@@ -60,7 +60,7 @@ class Core:
         terms.refuse_without_server()
         chosen = policy if policy is not None else self._engine.supervisor.config.default_policy
         self._spec = resolve(chosen, overrides={"limits": limits} if limits else {}, env=env or {}, template=template)
-        self._opening = Embed(self._spec, tier, terms, snapshot)
+        self._opening = Embed(self._spec, tier, terms, snapshot, as_kept=policy is None and not limits)
 
     @classmethod
     def _joining(cls, sandbox_id: str, url: str | None, api_key: str | None) -> Self:
@@ -130,6 +130,8 @@ class Core:
     async def _open(self) -> None:
         if self._port is None:
             self._port = await self._opening.open(self._engine)
+            if isinstance(self._port, Embedded):
+                self._spec = self._port.live.spec  # of a snapshot it may be another
 
     async def _close(self) -> None:
         if self._port is not None:

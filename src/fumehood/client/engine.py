@@ -16,6 +16,7 @@ from collections.abc import Callable, Coroutine, Hashable
 from typing import Any, Protocol, TypeVar, cast
 
 from fumehood.config import Config
+from fumehood.model import SandboxSpec
 from fumehood.runtime.tiers import TIERS
 from fumehood.supervisor import Supervisor
 
@@ -42,6 +43,7 @@ class Engine:
         self._thread.start()
         self.supervisor: Supervisor = Supervisor(config, TIERS)
         self._shared: dict[Hashable, Shared] = {}
+        self.kept_specs: dict[str, SandboxSpec] = {}  # of the snapshots that this process made, by id
         atexit.register(self.close)
 
     @classmethod

@@ -35,7 +35,9 @@ async def discard(engine: Engine, url: str | None, api_key: str | None, tier: st
     snapshots.check_id(snapshot_id)
     address = Address.of(engine.supervisor.config, url, api_key)
     if address is None:
-        return await engine.supervisor.discard(snapshot_id, tier)
+        await engine.supervisor.discard(snapshot_id, tier)
+        engine.kept_specs.pop(snapshot_id, None)
+        return
     from fumehood.client.remote import discard as served
 
     await served(engine, address, snapshot_id)

@@ -7,7 +7,7 @@ don't know which of the two it is.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from fumehood.agent import wire
@@ -93,20 +93,27 @@ class Terms:
 
 @dataclass(frozen=True, slots=True)
 class Embed:
-    """Opens a sandbox of this process."""
+    """Opens a sandbox of this process. `as_kept`: nothing was said of limits and policy, so a snapshot keeps those that it had."""
 
     spec: SandboxSpec
     tier: str
     terms: Terms
     snapshot: str | None = None
+    as_kept: bool = True
 
     async def open(self, engine: Engine) -> Port:
         supervisor = engine.supervisor
         if self.snapshot is None:
             live = await supervisor.create(self.spec, self.tier)
         else:
-            live = await supervisor.restore(self.snapshot, self.spec, self.tier)
+            live = await supervisor.restore(self.snapshot, self._spec_of(engine, self.snapshot), self.tier)
         return Embedded(engine, live, self.terms.metadata, supervisor.runtime(self.tier).tier)
+
+    def _spec_of(self, engine: Engine, snapshot: str) -> SandboxSpec:
+        if not self.as_kept or snapshot not in engine.kept_specs:
+            return self.spec
+        kept = engine.kept_specs[snapshot]
+        return replace(kept, env={**kept.env, **self.spec.env})
 
 
 class Forked:
@@ -154,7 +161,9 @@ class Embedded:
                 cause="this sandbox runs in this process, which keeps none",
                 remediation="pass url= to Sandbox, or leave it out",
             )
-        return of_this_host(await self._engine.supervisor.snapshot(self.live))
+        kept = await self._engine.supervisor.snapshot(self.live)
+        self._engine.kept_specs[kept.id] = self.live.spec
+        return of_this_host(kept)
 
     async def fork(self, count: int) -> list[Port]:
         forks = await self._engine.supervisor.fork(self.live, count)
