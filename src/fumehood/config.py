@@ -72,6 +72,7 @@ class Config:
     # -- admission
     max_sandboxes: int = _setting(500, "at once, over all tenants, warm ones not counted", low=1, high=1 << 16)
     max_sandboxes_per_tenant: int = _setting(0, "at once; 0 = no bound of its own", low=0, high=1 << 16)
+    max_snapshots_per_tenant: int = _setting(100, "of whole sandboxes, kept until they are deleted", low=0, high=1 << 20)
     memory_budget_bytes: int = _setting(
         0, "for the memory limits of all sandboxes together; 0 = 85% of the host's", low=0, high=1 << 50
     )

@@ -53,6 +53,25 @@ class Sandboxes(BaseModel):
     next: str | None
 
 
+class Forks(BaseModel):
+    sandboxes: list[Sandbox]
+
+
+class Snapshot(BaseModel):
+    id: str
+    sandbox_id: str
+    tier: str
+    template: str
+    created_at: float
+    size_bytes: int
+    metadata: dict[str, str]
+
+
+class Snapshots(BaseModel):
+    snapshots: list[Snapshot]
+    next: str | None
+
+
 class Execution(BaseModel):
     id: str
     sandbox_id: str

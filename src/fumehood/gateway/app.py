@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fumehood import __version__
 from fumehood.errors import FumehoodError, InvalidInput, NotFound, Unsupported
-from fumehood.gateway import admin, contexts, e2b, executions, files, problems, sandboxes, schema, sockets
+from fumehood.gateway import admin, contexts, e2b, executions, files, problems, sandboxes, schema, snapshots, sockets
 from fumehood.gateway.auth import Authenticator
 from fumehood.gateway.document import PROBLEMS, Api, operation_id
 from fumehood.gateway.door import Door, TooLarge, locked
@@ -38,8 +38,8 @@ def create_app(service: Service, authenticate: Authenticator, mcp: ASGIApp | Non
     api.state.service = service
     api.add_api_route("/healthz", _healthz, methods=["GET"], include_in_schema=False)
     api.add_api_route("/readyz", _readyz, methods=["GET"], include_in_schema=False)
-    for router in (executions.router, sandboxes.router, contexts.router, sockets.router, files.router, admin.router):
-        api.include_router(router)
+    for room in (executions, sandboxes, snapshots, contexts, sockets, files, admin):
+        api.include_router(room.router)
     inner = locked(_beside(api, mcp) if mcp is not None else api, authenticate)
     door = Door(e2b.route(inner, service, authenticate, authenticate.limits), service.config)
     api.state.answers, api.state.limits = door.counts, authenticate.limits

@@ -14,7 +14,7 @@ from fastapi import Depends
 from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import Response
 
-from fumehood.errors import InvalidInput, SandboxGone
+from fumehood.errors import Detached, InvalidInput, SandboxGone
 from fumehood.gateway.auth import check_scope
 from fumehood.gateway.pour import client_left
 from fumehood.lease import Lease
@@ -127,6 +127,6 @@ async def until_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
 
 async def leave(stream: Stream) -> None:
     """Follow it no longer."""
-    with contextlib.suppress(SandboxGone):  # there is nothing left to leave
+    with contextlib.suppress(SandboxGone, Detached):  # there is nothing left to leave
         await stream.cancel()
     stream.abandon()

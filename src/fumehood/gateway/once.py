@@ -32,7 +32,7 @@ class Done:
     replayed: bool = False
 
     def response(self) -> Response:
-        media = "application/json" if self.status < 400 else problems.MEDIA_TYPE
+        media = None if not self.body else "application/json" if self.status < 400 else problems.MEDIA_TYPE
         headers = {"cache-control": "no-store", **({REPLAYED: "true"} if self.replayed else {})}
         return Response(self.body, self.status, headers, media)
 

@@ -19,6 +19,7 @@ _STATUSES: Mapping[str, int] = {
     "file_error": 409,
     "invalid_transition": 409,
     "conflict": 409,
+    "detached": 409,
     "sandbox_gone": 410,
     "protection_unavailable": 422,
     "capacity_exceeded": 429,

@@ -10,9 +10,9 @@ from fastapi import APIRouter, Query
 from starlette.requests import Request
 from starlette.responses import Response
 
-from fumehood.errors import NotFound, Unsupported
+from fumehood.errors import InvalidInput, NotFound
 from fumehood.gateway import answers, schema
-from fumehood.gateway.call import Call, Called, answer, empty, page, shown, until_gone
+from fumehood.gateway.call import Called, answer, empty, page, shown, until_gone
 from fumehood.gateway.once import Done, once
 from fumehood.model import SandboxState
 
@@ -100,21 +100,16 @@ async def checkpoint(call: Called, sandbox_id: str, body: schema.Checkpoint) -> 
 
 
 @router.post("/{sandbox_id}/rollback", status_code=204)
-async def rollback(call: Called, sandbox_id: str, body: schema.Rollback) -> Response:
-    lease = await call.awake(sandbox_id)
-    await lease.live.rollback(body.checkpoint)
-    return empty()
+async def rollback(call: Called, sandbox_id: str, body: schema.Rollback, request: Request) -> Response:
+    """A context to a checkpoint; or all of it, by then running or paused, to a snapshot: what runs in it is killed."""
+    if (body.checkpoint is None) == (body.snapshot is None):
+        raise InvalidInput("it goes back to a checkpoint or to a snapshot", cause="give one of them")
 
+    async def done() -> Done:
+        if body.snapshot is not None:
+            await call.service.rollback(call.caller, call.lease(sandbox_id), body.snapshot)
+        elif body.checkpoint is not None:
+            await (await call.awake(sandbox_id)).live.rollback(body.checkpoint)
+        return Done(204, b"")
 
-@router.post("/{sandbox_id}/fork", status_code=201, response_model=answers.Sandboxes)
-async def fork(call: Called, sandbox_id: str, body: schema.Fork) -> Response:
-    """Where the tier can."""
-    raise _no_fork(call, sandbox_id)
-
-
-def _no_fork(call: Call, sandbox_id: str) -> Unsupported:
-    return Unsupported(
-        "this sandbox can't be forked",
-        cause=f"tier {call.lease(sandbox_id).tier} has no memory snapshots",
-        remediation="use checkpoints and rollback of a context",
-    )
+    return (await once(call, request, done)).response()

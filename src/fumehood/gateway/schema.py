@@ -41,6 +41,7 @@ Env = Annotated[dict[str, Name], Field(max_length=1_024)]
 Seconds = Annotated[float, BeforeValidator(_finite), Field(gt=0, le=30 * 86_400)]
 Priority = Annotated[int, Field(ge=-10, le=10)]
 Language = Annotated[str, Field(max_length=32)]
+SnapshotId = Annotated[str, Field(max_length=64)]
 Label = Annotated[str, Field(max_length=4_096)]
 Labels = Annotated[dict[Annotated[str, Field(max_length=256)], Label], Field(max_length=128)]
 Policy = Annotated[str | dict[str, Any] | None, Field(description="a preset's name, or a policy as docs/policy.md has it")]
@@ -65,6 +66,9 @@ class NewSandbox(Body):
     auto_resume: bool = False
     priority: Priority = 0
     wait_s: Annotated[Seconds | None, Field(description="in the queue, at most")] = None
+    snapshot: Annotated[
+        SnapshotId | None, Field(description="to go on from; it keeps its template, tier, policy and limits")
+    ] = None
 
     def ask(self) -> CreateAsk:
         return CreateAsk(**{name: getattr(self, name) for name in NewSandbox.model_fields})
@@ -139,11 +143,20 @@ class Checkpoint(Body):
 
 
 class Rollback(Body):
-    checkpoint: Name
+    """Either."""
+
+    checkpoint: Annotated[Name | None, Field(description="of a context")] = None
+    snapshot: Annotated[SnapshotId | None, Field(description="of this sandbox, or of one with the same policy")] = None
+
+
+class NewSnapshot(Body):
+    metadata: Labels = {}
 
 
 class Fork(Body):
     count: Annotated[int, Field(ge=1, le=64)] = 1
+    lease_s: Seconds | None = None
+    metadata: Annotated[Labels | None, Field(description="none: that of the sandbox")] = None
 
 
 class NewContext(Body):

@@ -10,24 +10,26 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self
 
 from fumehood.config import Config
-from fumehood.errors import RateLimited
+from fumehood.errors import InvalidInput, RateLimited
 from fumehood.execution import Sinks
 from fumehood.lease import Lease
-from fumehood.model import CodeRequest, ExecRequest, Protection, Result
+from fumehood.live import Live
+from fumehood.model import CodeRequest, ExecRequest, Protection, Result, SandboxSpec
 from fumehood.pool import PoolSettings
-from fumehood.records import Caller, ExecutionRecord, SandboxRecord
+from fumehood.records import Caller, ExecutionRecord, SandboxRecord, SnapshotRecord
 from fumehood.runtime.tiers import TIERS, Choice
 from fumehood.scheduler import Grant
 from fumehood.service.admission import Admission, Wait
-from fumehood.service.asks import Asks, CreateAsk
+from fumehood.service.asks import Asks, CreateAsk, Kind, check_labels
 from fumehood.service.chronicle import Chronicle
 from fumehood.service.executions import Executions, Running, new_id, to_json, unknown
 from fumehood.service.leases import Leases
+from fumehood.service.snapshots import TenantSnapshots
 from fumehood.service.source import Source
 from fumehood.store import Store
 from fumehood.supervisor import Supervisor
@@ -56,6 +58,7 @@ class Service:
         self._source = Source(self.supervisor, settings)
         self._leases = Leases(config, self.supervisor, store, chronicle.lease)
         self._executions = Executions(store, self._executed)
+        self._snapshots = TenantSnapshots(config, self.supervisor, store)
 
     @classmethod
     async def open(cls, config: Config) -> Self:
@@ -67,6 +70,7 @@ class Service:
             undo.push_async_callback(chronicle.aclose)
             service = cls(config, store, chronicle)
             undo.push_async_callback(service.supervisor.aclose)
+            await service._snapshots.reconcile()
             for name in filter(None, (n.strip() for n in config.pool_policies.split(","))):
                 service._source.keep(service._asks.resolve(_OPERATOR, CreateAsk(policy=name))[1])
             service._source.start()
@@ -137,33 +141,41 @@ class Service:
         """Also the turn that it still holds: when it had to be made, for that takes as much of the processors as a run; and
         when it `runs` at once, so that no sandbox is taken for a run that is turned away.
         """
-        spec, kind = self._asks.resolve(caller, ask)
+        spec, kind = await self._resolved(caller, ask)
         lease_s = self._asks.lease_s(ask, spec)
         async with contextlib.AsyncExitStack() as undo:
-            with self._one_more_of(caller):
-                place = undo.enter_context(await self._admission.place(wait, spec.limits.memory_bytes + spec.limits.swap_bytes))
+            with self._more_of(caller, 1):
+                place = undo.enter_context(await self._admission.place(wait, _memory(spec)))
                 turn = undo.enter_context(await self._admission.turn(wait)) if runs else None
                 live = await self._source.claim(spec, kind)
                 if live is None:
                     turn = turn or undo.enter_context(await self._admission.turn(wait))
                     live = await self._source.make(spec, kind)
-            lease = Lease(
-                live,
-                caller.tenant,
-                caller.key_id,
-                self.supervisor.runtime(kind.tier).tier,
-                lease_s,
-                time.time() + lease_s,
-                ask.on_expiry,
-                ask.auto_resume,
-                ask.metadata,
-                caller.limits,
-                give_back=place.release,
-                queue_ms=place.queue_ms,
-            )
+            lease = self._lease(live, caller, ask, lease_s, place)
             await self._leases.add(lease)
             undo.pop_all()
         return lease, turn
+
+    async def _resolved(self, caller: Caller, ask: CreateAsk) -> tuple[SandboxSpec, Kind]:
+        if ask.snapshot is None:
+            return self._asks.resolve(caller, ask)
+        return self._asks.restored(caller, ask, await self._snapshots.get(caller.tenant, ask.snapshot))
+
+    def _lease(self, live: Live, caller: Caller, ask: CreateAsk, lease_s: float, place: Grant) -> Lease:
+        return Lease(
+            live,
+            caller.tenant,
+            caller.key_id,
+            live.tier,
+            lease_s,
+            time.time() + lease_s,
+            ask.on_expiry,
+            ask.auto_resume,
+            ask.metadata,
+            caller.limits,
+            give_back=place.release,
+            queue_ms=place.queue_ms,
+        )
 
     def lease(self, caller: Caller, sandbox_id: str) -> Lease:
         """Live, in whatever state. Raises NotFound (another tenant's too, in the same words), SandboxGone."""
@@ -210,6 +222,88 @@ class Service:
         if lease := self._leases.known(caller.tenant).get(sandbox_id):
             return lease.record
         return await self.store.sandbox(caller.tenant, sandbox_id)
+
+    # -- copies of whole sandboxes
+
+    async def snapshot(self, caller: Caller, lease: Lease, metadata: Mapping[str, str] | None = None) -> SnapshotRecord:
+        """It goes on, paused if it was. Raises Unsupported, InvalidTransition while something runs in it, CapacityExceeded."""
+        self.supervisor.copying(lease.tier)
+        check_labels(metadata or {})
+        with await self._admission.turn(self._admission.wait(caller, 0, None)):
+            async with self._leases.held(lease):
+                made = await self._snapshots.take(caller, lease, metadata or {})
+        self._chronicle.lease(lease, "sandbox.snapshot", {"snapshot": made.id})
+        return made
+
+    async def snapshots(
+        self, caller: Caller, *, sandbox_id: str | None = None, after: str | None = None, limit: int = 100
+    ) -> list[SnapshotRecord]:
+        """Newest first, without their specs."""
+        return await self._snapshots.page(caller.tenant, sandbox_id, after, limit)
+
+    async def snapshot_of(self, caller: Caller, snapshot_id: str) -> SnapshotRecord:
+        """Raises NotFound, for another tenant's too, and in the same words."""
+        return await self._snapshots.get(caller.tenant, snapshot_id)
+
+    async def discard(self, caller: Caller, snapshot_id: str) -> None:
+        """Sandboxes that run from it go on. Raises NotFound."""
+        await self._snapshots.discard(caller.tenant, snapshot_id)
+
+    async def restore(self, caller: Caller, snapshot_id: str, ask: CreateAsk | None = None) -> Lease:
+        """A new sandbox that goes on from there. Raises as `create`, and NotFound."""
+        return await self.create(caller, replace(ask or CreateAsk(), snapshot=snapshot_id))
+
+    async def rollback(self, caller: Caller, lease: Lease, snapshot_id: str) -> None:
+        """The same sandbox, as it was then; what runs in it is killed. Raises NotFound, InvalidInput for a snapshot of another
+        kind of sandbox, SetupFailed; then it goes on as it was.
+        """
+        self.supervisor.copying(lease.tier)
+        snapshot, spec = await self._snapshots.get(caller.tenant, snapshot_id), lease.live.spec
+        if (snapshot.tier, snapshot.policy_hash) != (lease.tier, spec.policy_hash):
+            raise InvalidInput(
+                "that snapshot is of another kind of sandbox",
+                cause=f"of {snapshot.policy} on {snapshot.tier}; this is {spec.policy_name} on {lease.tier}, or of other limits",
+                remediation="create a sandbox from it",
+            )
+        with await self._admission.turn(self._admission.wait(caller, 0, None)):
+            async with self._leases.held(lease):
+                await self.supervisor.rollback(lease.live, snapshot.id)
+        self._chronicle.lease(lease, "sandbox.rolled_back", {"snapshot": snapshot.id})
+
+    async def fork(
+        self,
+        caller: Caller,
+        lease: Lease,
+        count: int,
+        *,
+        lease_s: float | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> list[Lease]:
+        """So many new sandboxes, all or none, that go on from where this one is. Raises as `snapshot`; RateLimited; and
+        CapacityExceeded, at once: nobody waits for so many places.
+        """
+        self.supervisor.copying(lease.tier)
+        labels = lease.metadata if metadata is None else metadata
+        ask = CreateAsk(metadata=labels, lease_s=lease_s, on_expiry=lease.on_expiry, auto_resume=lease.auto_resume)
+        check_labels(labels)
+        seconds, wait = self._asks.lease_s(ask, lease.live.spec), self._admission.wait(caller, 0, None)
+        async with contextlib.AsyncExitStack() as undo:
+            with self._more_of(caller, count):
+                places = await self._admission.places(wait, count, _memory(lease.live.spec))
+                for place in places:
+                    undo.callback(place.release)
+                with await self._admission.turn(wait):
+                    async with self._leases.held(lease):
+                        lives = await self.supervisor.fork(lease.live, count, timed=False)
+                for live in lives:
+                    undo.push_async_callback(self.supervisor.close_sandbox, live.id)
+                forks = [self._lease(live, caller, ask, seconds, place) for live, place in zip(lives, places, strict=True)]
+                for fork in forks:
+                    await self._leases.add(fork)
+                    undo.push_async_callback(self._leases.end, fork, "not all of the forks could be recorded")
+            undo.pop_all()
+        self._chronicle.lease(lease, "sandbox.forked", {"sandboxes": [fork.id for fork in forks]})
+        return forks
 
     # -- executions
 
@@ -313,24 +407,28 @@ class Service:
         return self.supervisor.runtime(self.config.tier).capabilities().protections
 
     @contextlib.contextmanager
-    def _one_more_of(self, caller: Caller) -> Generator[None]:
+    def _more_of(self, caller: Caller, count: int) -> Generator[None]:
         """Those that are still to come count too: asking for many at once gets nobody more."""
         bound, key = caller.limits.sandboxes, caller.key_id
-        if bound and self._leases.count_of_key(key) + self._coming[key] >= bound:
+        if bound and self._leases.count_of_key(key) + self._coming[key] + count > bound:
             raise RateLimited(
-                f"this key holds {bound} sandboxes",
-                cause="it may hold no more at once",
-                remediation="end one of them",
+                f"this key may hold {bound} sandboxes",
+                cause=f"with {count} more it would hold too many at once",
+                remediation="end some of them",
                 retry_after_s=5,
             )
-        self._coming[key] += 1
+        self._coming[key] += count
         try:
             yield
         finally:
-            self._coming[key] -= 1
+            self._coming[key] -= count
             self._coming += Counter()  # forgets who has none
 
     def _executed(self, record: ExecutionRecord) -> None:
         self.counts[str(record.status)] += 1
         self._source.busy(len(self._executions))
         self._chronicle.execution(record)
+
+
+def _memory(spec: SandboxSpec) -> int:
+    return spec.limits.memory_bytes + spec.limits.swap_bytes

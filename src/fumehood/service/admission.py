@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fumehood.config import Config
-from fumehood.errors import Draining
+from fumehood.errors import CapacityExceeded, DeadlineExceeded, Draining
 from fumehood.records import Caller
 from fumehood.scheduler import Capacity, Grant, Scheduler
 
@@ -56,6 +56,24 @@ class Admission:
         return await self._places.admit(
             wait.caller.tenant, memory_bytes=memory_bytes, priority=wait.priority, wait_s=wait.left_s
         )
+
+    async def places(self, wait: Wait, count: int, memory_bytes: int) -> list[Grant]:
+        """So many, now or never: two who each held half of what they need would wait for ever. Raises CapacityExceeded."""
+        taken = list[Grant]()
+        try:
+            for _ in range(count):
+                taken.append(await self.place(replace(wait, deadline_at=0.0), memory_bytes))
+        except BaseException as e:
+            for grant in taken:
+                grant.release()
+            if isinstance(e, DeadlineExceeded):
+                raise CapacityExceeded(
+                    f"there is no room for {count} more sandboxes now",
+                    cause=f"{len(taken)} of them would have found a place",
+                    remediation="end some, ask for fewer, or try again later",
+                ) from None
+            raise
+        return taken
 
     async def turn(self, wait: Wait) -> Grant:
         return await self._turns.admit(wait.caller.tenant, priority=wait.priority, wait_s=wait.left_s)

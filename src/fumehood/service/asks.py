@@ -14,7 +14,8 @@ from fumehood.model import GIB, MIB, Limits, SandboxSpec
 from fumehood.policy.load import preset_names
 from fumehood.policy.resolve import digest, resolve
 from fumehood.policy.rules import Policy
-from fumehood.records import Caller, OnExpiry
+from fumehood.records import Caller, OnExpiry, SnapshotRecord
+from fumehood.service import spec_json
 
 PolicyAsk = str | Mapping[str, Any] | None
 # What one sandbox of a caller who is no admin may ask for at most. What is missing here is bounded by the admission
@@ -44,19 +45,22 @@ class CreateAsk:
     auto_resume: bool = False
     priority: int = 0
     wait_s: float | None = None
+    snapshot: str | None = None  # to go on from; it has its template, tier, policy and limits
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
     """What sandboxes have in common that can stand for each other: the class of the warm pool.
 
-    `spec` is without what is bound at the claim: env, and the limits that the runtime can still change.
+    `spec` is without what is bound at the claim: env, and the limits that the runtime can still change. Those that go on
+    from a `snapshot` are never warm.
     """
 
     name: str
     tier: str
     digest: str
     spec: SandboxSpec = field(compare=False, repr=False)
+    snapshot: str = ""
 
     def __str__(self) -> str:
         return f"{self.name}@{self.tier}"
@@ -89,7 +93,20 @@ class Asks:
             spec = resolve(_safe(caller, ask.policy), overrides=_laid_over(ask.limits), template=ask.template)
             kind = kind_of(spec, tier, self._late_limits(tier))
         _within(caller, spec.limits, self._config)
-        _check_labels(ask.metadata)
+        check_labels(ask.metadata)
+        return (replace(spec, env={**spec.env, **Policy(env=dict(ask.env)).env}) if ask.env else spec), kind
+
+    def restored(self, caller: Caller, ask: CreateAsk, snapshot: SnapshotRecord) -> tuple[SandboxSpec, Kind]:
+        """The same for a sandbox that goes on from a snapshot: what is in its memory can't be chosen any more, but for env."""
+        spec = spec_json.from_text(snapshot.spec)
+        limits: Mapping[str, Any] = Policy(limits=dict(ask.limits)).limits.model_dump(exclude_none=True)
+        _check_kept(snapshot, {name: (value, getattr(spec.limits, name)) for name, value in limits.items()})
+        tier = None if ask.tier == "auto" else ask.tier
+        kept = {"template": (ask.template, snapshot.template), "policy": (ask.policy, snapshot.policy)}
+        _check_kept(snapshot, {"tier": (tier, snapshot.tier), **kept})
+        _within(caller, spec.limits, self._config)
+        check_labels(ask.metadata)
+        kind = Kind(snapshot.policy, snapshot.tier, snapshot.policy_hash, spec, snapshot.id)
         return (replace(spec, env={**spec.env, **Policy(env=dict(ask.env)).env}) if ask.env else spec), kind
 
     def lease_s(self, ask: CreateAsk, spec: SandboxSpec) -> float:
@@ -170,7 +187,19 @@ def _check_size(policy: Mapping[str, Any]) -> None:
         raise PolicyError("the policy is too large", cause=f"it has over {MAX_VALUES} values", remediation="send a smaller one")
 
 
-def _check_labels(metadata: Mapping[str, str]) -> None:
+def _check_kept(snapshot: SnapshotRecord, words: Mapping[str, tuple[object, object]]) -> None:
+    """Name -> what is asked, what it is."""
+    for name, (asked, kept) in words.items():
+        if asked not in (None, kept):
+            raise InvalidInput(
+                f"a snapshot keeps its {name}",
+                cause=f"that of {snapshot.id} is {kept}",
+                remediation="leave it out, or create a sandbox without the snapshot",
+            )
+
+
+def check_labels(metadata: Mapping[str, str]) -> None:
+    """Raises InvalidInput."""
     if (size := sum(len(name) + len(value) for name, value in metadata.items())) > MAX_METADATA_CHARS:
         raise InvalidInput(
             f"the metadata has {size} characters",

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any
 
 from fumehood.config import Config
@@ -73,15 +73,24 @@ class Leases:
 
     async def awake(self, lease: Lease) -> None:
         """Let traffic in: a paused one with auto_resume goes on, under a new lease. Raises InvalidTransition for any other
-        that is paused, since what is frozen answers nobody.
+        that is paused, since what is frozen answers nobody. While one is copied its traffic waits.
         """
         if not lease.is_paused:
-            return
+            async with lease.live.still():
+                return
         async with lease.moving:
             if lease.auto_resume and lease.live.state is SandboxState.PAUSED:
                 await self._resume(lease, lease.lease_s)
             elif lease.is_paused:
                 raise InvalidTransition(f"the sandbox is {lease.live.state}", remediation="resume it first")
+
+    @contextlib.asynccontextmanager
+    async def held(self, lease: Lease) -> AsyncGenerator[None]:
+        """In here it is not paused, resumed, extended or ended. Raises SandboxGone."""
+        async with lease.moving:
+            if lease.ended.is_set():
+                raise _gone(lease.cause)
+            yield
 
     async def pause(self, lease: Lease) -> None:
         """Its lease stands still meanwhile. Raises InvalidTransition, SandboxGone."""
@@ -181,7 +190,7 @@ class Leases:
             self._ended.popitem(last=False)
 
     async def _watch(self, lease: Lease) -> None:
-        await lease.live.handle.wait_dead()
+        await lease.live.wait_dead()
         await self.end(lease, lease.live.gone_because or "all of its processes ended")
 
     def _set_clock(self, lease: Lease) -> None:

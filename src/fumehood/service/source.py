@@ -26,7 +26,7 @@ class Source:
 
     async def claim(self, spec: SandboxSpec, kind: Kind) -> Live | None:
         """A warm one that has just answered, as `spec` says; None: there is none, make one. Nothing is ever reused (M12)."""
-        while (live := self.pool.claim(kind)) is not None:
+        while not kind.snapshot and (live := self.pool.claim(kind)) is not None:
             self._unwatch(live)
             try:
                 async with asyncio.timeout(self._supervisor.config.agent_timeout_s):
@@ -43,6 +43,8 @@ class Source:
         return None
 
     async def make(self, spec: SandboxSpec, kind: Kind) -> Live:
+        if kind.snapshot:
+            return await self._supervisor.restore(kind.snapshot, spec, kind.tier, timed=False)
         return await self._supervisor.make(spec, kind.tier)
 
     def keep(self, kind: Kind) -> None:

@@ -1,4 +1,4 @@
-"""What the service remembers, in one SQLite file (WAL): keys, histories, replies, events, snapshots. The only SQL of the package.
+"""What the service remembers, in one SQLite file (WAL): keys, histories, replies, events, snapshots. Only here is SQL.
 
 What was acknowledged survives `kill -9` of the server at any moment. With `flush` it survives a power cut too, as keys and
 their revocation always do; without it a power cut takes the last half second of histories, never the file's soundness.

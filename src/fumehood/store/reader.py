@@ -66,6 +66,11 @@ class Reader:
         kept = f"SELECT tenant, seq, {summed} AS bytes FROM executions WHERE result_bytes > 0"
         return await self._select(f"SELECT tenant, max(seq) FROM ({kept}) WHERE bytes > ? GROUP BY tenant", [max_bytes])
 
+    async def snapshots_held(self, tenant: str) -> tuple[int, int]:
+        """How many of the tenant, and how many bytes of all."""
+        sums = "count(*) FILTER (WHERE tenant = ?), coalesce(sum(size_bytes), 0)"
+        return (await self._select(f"SELECT {sums} FROM snapshots WHERE state != 'gone'", [tenant]))[0]
+
     async def _select(self, statement: str, values: list[Any]) -> list[Any]:
         if self._closed:
             raise StoreFailed("the store is closed", cause="its server is stopping", remediation="ask a running server")
