@@ -18,6 +18,7 @@ from e2b import RateLimitException, SandboxException
 pytestmark = pytest.mark.rootless
 Make = Callable[..., Sandbox]
 UNKNOWN = "s0000000000000000"
+POSTED = ("pause", "connect", "resume", "fork", "snapshots")
 
 
 def token_of(box: Sandbox) -> str:
@@ -65,7 +66,7 @@ def test_a_sandbox_of_another_tenant_is_answered_byte_for_byte_like_none_h14(
 
 @pytest.mark.parametrize("prefix", ["", "/v2"])
 @pytest.mark.parametrize(
-    "call", ["GET", "DELETE", "POST /pause", "POST /connect", "POST /resume", "GET /metrics", "PUT /network", "POST /fork"]
+    "call", ["GET", "DELETE", *(f"POST /{verb}" for verb in POSTED), "GET /metrics", "PUT /network"]
 )
 def test_the_control_api_answers_so_too_h14(box: Sandbox, server: Server, prefix: str, call: str) -> None:
     method, _, verb = call.partition(" ")

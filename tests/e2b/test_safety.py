@@ -86,6 +86,7 @@ def test_a_key_of_another_tenant_sees_nothing_h14(box: Sandbox, server: Server) 
         ("POST", "/timeout"),
         ("PUT", "/network"),
         ("POST", "/fork"),
+        ("POST", "/snapshots"),
     ):
         answers = [
             httpx.request(method, f"{server.url}/sandboxes/{i}{verb}", headers=server.headers("beta"), json={"timeout": 1})

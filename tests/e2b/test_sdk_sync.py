@@ -319,12 +319,17 @@ def test_metrics_are_the_hosts_own_figures(make: Make) -> None:
     assert metric.cpu_used_pct > 0
 
 
-def test_what_cannot_be_done_here_says_so(make: Make) -> None:
+def test_what_cannot_be_done_here_says_so(make: Make, server: Server) -> None:
     sandbox = make()
-    with pytest.raises(SandboxException, match="memory snapshots"):
+    with pytest.raises(SandboxException, match="snapshots of memory"):
         sandbox.create_snapshot()
-    with pytest.raises(SandboxException, match="memory snapshots"):
+    with pytest.raises(SandboxException, match="snapshots of memory"):
         sandbox.fork()
+    with pytest.raises(SandboxException, match="without the memory"):
+        sandbox.create_snapshot(mode="filesystem")
+    assert sandbox.list_snapshots().next_items() == [] and not sandbox.list_snapshots(name="any").next_items()
+    for name in ("p0123456789abcdef", "p0123456789abcdef:default", "no/such:v1", "python"):
+        assert not Sandbox.delete_snapshot(name, **server.options())
     with pytest.raises(SandboxException, match="template 'nothing' not found"):
         make(template="nothing")
     with pytest.raises(SandboxException, match="timeout must be"):

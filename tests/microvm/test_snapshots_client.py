@@ -1,4 +1,4 @@
-"""Snapshots, forks and rollbacks of live machines through the SDK, over both transports: what a caller was promised (M10, H20)."""
+"""Snapshots, forks and rollbacks of live machines, through the SDK over both transports, as was promised (M10, H20)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Snapshots and forks of a server on the tier qemu: the command line, the official E2B SDK unchanged, and keys of other tenants."""
+"""Snapshots and forks on a server of the tier qemu: the command line, the official E2B SDK unchanged, keys of other tenants."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ T = TypeVar("T", bound=BaseModel)
 IGNORE_EGRESS = "ignore-egress"
 DEFAULT_TIMEOUT_S = 300
 MAX_PAGE = 1_000
+MAX_FORKS = 20  # what the SDK asks for at most
 RUN_TIMEOUT_S = 300.0  # how long the SDK lets one run_code() go on when nothing is said
 # E2B's names -> a template of ours. `base` and `code-interpreter-v1` are what its two SDKs ask for when nothing is said.
 TEMPLATES = {
@@ -74,8 +75,8 @@ class NewSandbox(_Body):
     def _null_is_absent(cls, value: Any, info: ValidationInfo) -> Any:
         return cls.model_fields[info.field_name or ""].get_default() if value is None else value
 
-    def ask(self, caller: Caller, max_lifetime_s: float) -> CreateAsk:
-        """Raises Refusal."""
+    def ask(self, caller: Caller, max_lifetime_s: float, snapshot: str | None) -> CreateAsk:
+        """`snapshot`: what the template's name stands for, when it is none of ours. Raises Refusal."""
         refuse_open_network(self.network, self.allow_internet_access, caller)
         for name, wanted in (("mcp", self.mcp), ("iam", self.iam), ("volumeMounts", self.volume_mounts)):
             if wanted:
@@ -84,11 +85,12 @@ class NewSandbox(_Body):
             raise Refusal(400, "a pause that drops the memory is not supported here: processes stay as they are")
         check_timeout(self.timeout, max_lifetime_s)
         name = self.template_id.partition(":")[0]
-        if name not in TEMPLATES:
+        if snapshot is None and name not in TEMPLATES:
             raise Refusal(404, f"template '{self.template_id}' not found; here are {', '.join(TEMPLATES)}")
         return CreateAsk(
-            template=TEMPLATES[name],
-            limits={"timeout_s": RUN_TIMEOUT_S, "lifetime_s": max(RUN_TIMEOUT_S, float(self.timeout))},
+            template=None if snapshot else TEMPLATES[name],
+            snapshot=snapshot,
+            limits={} if snapshot else {"timeout_s": RUN_TIMEOUT_S, "lifetime_s": max(RUN_TIMEOUT_S, float(self.timeout))},
             env=self.env_vars,
             metadata=self.metadata,
             lease_s=float(self.timeout),
@@ -108,6 +110,16 @@ class Connect(_Body):
 
 class Pause(_Body):
     memory: bool = True
+
+
+class NewSnapshot(_Body):
+    name: Annotated[str | None, Field(max_length=256)] = None
+    memory: bool = True
+
+
+class Fork(_Body):
+    timeout: int = DEFAULT_TIMEOUT_S
+    count: Annotated[int, Field(ge=1, le=MAX_FORKS)] = 1
 
 
 def read(model: type[T], data: bytes) -> T:
@@ -137,6 +149,12 @@ def refuse_open_network(network: Network | None, allow_internet_access: bool | N
         )
 
 
+def page_limit(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) <= 4 and 1 <= int(text) <= MAX_PAGE):
+        raise Refusal(400, f"limit must be from 1 to {MAX_PAGE}")
+    return int(text)
+
+
 class ListAsk:
     """The query of GET /v2/sandboxes. `after` is the id that the last page ended with."""
 
@@ -148,10 +166,7 @@ class ListAsk:
         self.newest_first = query.get("order", "desc") != "asc"
         asked = query.get("template")
         self.template, self.after = TEMPLATES.get(asked, asked) if asked else None, query.get("nextToken")
-        limit = query.get("limit", "100")
-        if not (limit.isascii() and limit.isdigit() and len(limit) <= 4 and 1 <= int(limit) <= MAX_PAGE):
-            raise Refusal(400, f"limit must be from 1 to {MAX_PAGE}")
-        self.limit = int(limit)
+        self.limit = page_limit(query.get("limit", "100"))
         self.started_after = _seconds(query.get("startedAfter"))
 
 

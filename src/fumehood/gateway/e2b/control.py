@@ -10,7 +10,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from fumehood.errors import FumehoodError, Unsupported
+from fumehood.errors import FumehoodError
 from fumehood.gateway.auth import check_scope
 from fumehood.gateway.call import Call, until_gone
 from fumehood.gateway.once import Done, once
@@ -32,6 +32,7 @@ from .asked import (
     read,
     refuse_open_network,
 )
+from .snapshots import Copies
 
 Authenticate = Callable[[Request], Awaitable[Caller]]
 PREFIXES = ("/sandboxes", "/v2/", "/v3/", "/templates", "/snapshots", "/volumes", "/secrets")
@@ -43,6 +44,7 @@ class Control:
 
     def __init__(self, service: Service, authenticate: Authenticate) -> None:
         self._service, self._authenticate, self._config = service, authenticate, service.config
+        copies = self._copies = Copies(service, self._lease)
         one = r"(?:/v2)?/sandboxes/([^/]+)"
         rows: tuple[tuple[str, str, Callable[..., Awaitable[Response]]], ...] = (
             ("POST", r"(?:/v2)?/sandboxes", self._create),
@@ -55,10 +57,11 @@ class Control:
             ("POST", one + "/pause", self._pause),
             ("GET", one + "/metrics", self._metrics),
             ("PUT", one + "/network", self._network),
-            ("POST", one + "/(snapshots|fork)", self._copy),
-            ("GET", r"/snapshots", self._snapshots),
+            ("POST", one + "/snapshots", copies.create),
+            ("POST", one + "/fork", copies.fork),
+            ("GET", r"/snapshots", copies.list),
             ("GET", r"/templates/aliases/(.+)", self._alias),
-            ("DELETE", r"/templates/(.+)", self._no_template),
+            ("DELETE", r"/templates/(.+)", copies.delete),
         )
         self._rows = [(method, re.compile(pattern), handler) for method, pattern, handler in rows]
 
@@ -88,7 +91,9 @@ class Control:
         raise Refusal(404, "no such path; building templates, volumes and secrets are not supported here (docs/e2b.md)")
 
     async def _create(self, caller: Caller, request: Request) -> Response:
-        ask = read(NewSandbox, await request.body()).ask(caller, self._config.max_lifetime_s)
+        body = read(NewSandbox, await request.body())
+        snapshot = await self._copies.template(caller, body.template_id)
+        ask = body.ask(caller, self._config.max_lifetime_s, snapshot)
 
         async def made() -> Done:
             lease = await until_gone(request, self._service.create(caller, ask))
@@ -157,24 +162,10 @@ class Control:
         refuse_open_network(ask, None, caller)
         return Response(status_code=_NO_CONTENT)
 
-    async def _copy(self, caller: Caller, request: Request, sandbox_id: str, what: str) -> Response:
-        lease = self._lease(caller, sandbox_id)
-        raise Unsupported(
-            f"{what} of a whole sandbox needs a tier with memory snapshots, and this one has none",
-            cause=f"tier {lease.tier}",
-            remediation="use contexts with checkpoint and rollback of fumehood's own API",
-        )
-
-    async def _snapshots(self, caller: Caller, request: Request) -> Response:
-        return json_answer([])  # none can be made
-
     async def _alias(self, caller: Caller, request: Request, alias: str) -> Response:
         if alias not in TEMPLATES:
             raise Refusal(404, f"template '{alias[:64]}' not found")
         return json_answer({"templateID": alias, "public": True})
-
-    async def _no_template(self, caller: Caller, request: Request, name: str) -> Response:
-        raise Refusal(404, "no such template or snapshot of yours")
 
     def _lease(self, caller: Caller, sandbox_id: str) -> Lease:
         try:
