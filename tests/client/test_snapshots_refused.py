@@ -176,12 +176,14 @@ def test_an_answer_with_other_forks_than_were_asked_for_is_none(said: bytes) -> 
         box.fork(2)
 
 
-def test_forks_and_snapshots_are_never_asked_for_twice() -> None:
+def test_a_copy_whose_connection_is_reset_is_asked_for_once_more_under_the_same_key() -> None:
     with Scripted(lambda _: None) as server, Sandbox(url=server.url) as box:
         for call in (box.snapshot, lambda: box.fork(1), lambda: box.rollback(KEPT["id"])):
             with pytest.raises(ServerUnreachable):
                 call()
-    assert [a.path.rsplit("/", 1)[1] for a in server.later] == ["snapshots", "fork", "rollback"]
+    assert [a.path.rsplit("/", 1)[1] for a in server.later] == [v for v in ("snapshots", "fork", "rollback") for _ in "12"]
+    keys = [a.headers["idempotency-key"] for a in server.later]
+    assert keys[::2] == keys[1::2] and len(set(keys)) == 3
 
 
 @pytest.mark.parametrize("retryable", [True, False])

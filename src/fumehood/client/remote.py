@@ -133,13 +133,13 @@ class Remote:
 
     async def snapshot(self, metadata: Mapping[str, str]) -> Snapshot:
         body = {"metadata": dict(metadata)} if metadata else {}
-        made = await self._link.ask("POST", "/snapshots", body=body, answer_s=_MARGIN_S)
+        made = await self._link.ask("POST", "/snapshots", body=body, once=True, answer_s=_MARGIN_S)
         return answers.typed(self._link.server.url, _SNAPSHOT, made)
 
     async def fork(self, count: int) -> list[Port]:
         """What is enforced for the first one is enforced for its forks: they are of the same tier and policy."""
         server = self._link.server
-        made = await self._link.ask("POST", "/fork", body={"count": count}, answer_s=_MARGIN_S)
+        made = await self._link.ask("POST", "/fork", body={"count": count}, once=True, answer_s=_MARGIN_S)
         records = answers.typed(server.url, _FORKS, made.get("sandboxes"))
         if len(records) != count:
             raise answers.not_ours(server.url, f"asked for {count} forks, it names {len(records)}")
@@ -148,7 +148,7 @@ class Remote:
 
     async def rollback(self, name: str) -> None:
         body = {"checkpoint" if is_checkpoint(name) else "snapshot": name}
-        await self._link.ask("POST", "/rollback", body=body, answer_s=_MARGIN_S)
+        await self._link.ask("POST", "/rollback", body=body, once=True, answer_s=_MARGIN_S)
 
     async def pause(self) -> None:
         await self._link.ask("POST", "/pause")
