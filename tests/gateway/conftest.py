@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -13,9 +14,14 @@ from http_server import Serving, serving
 
 
 @pytest.fixture(scope="module")
-def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The server's directories."""
+    return tmp_path_factory.mktemp("served")
+
+
+@pytest.fixture(scope="module")
+def server(request: pytest.FixtureRequest, home: Path) -> Iterator[Serving]:
     """Of the settings that the file names in SETTINGS. Nothing in it may have failed inside."""
-    home = tmp_path_factory.mktemp("served")
     with serving(home, **getattr(request.module, "SETTINGS", {})) as serving_:
         yield serving_
     log = (home / "log").read_text()

@@ -69,10 +69,11 @@ def operations(http: httpx.Client) -> list[tuple[str, str]]:
     return [(method.upper(), path) for path, asked in paths.items() for method in asked if "{" in path]
 
 
-@pytest.mark.parametrize("name", ["sandbox_id", "execution_id", "context", "pid", "key_id", "name", "token"])
+@pytest.mark.parametrize("name", ["sandbox_id", "execution_id", "context", "pid", "key_id", "name", "token", "snapshot_id"])
 def test_an_id_that_is_none_is_refused_on_every_route(server: Serving, admin: httpx.Client, name: str) -> None:
     made = admin.post("/v1/sandboxes", json={}).raise_for_status().json()["id"]
-    good = {"sandbox_id": made, "execution_id": "e" + "0" * 24, "context": "python", "pid": "1", "key_id": "0" * 16}
+    good = {"sandbox_id": made, "execution_id": "e" + "0" * 24, "snapshot_id": "p" + "0" * 16}
+    good |= {"context": "python", "pid": "1", "key_id": "0" * 16}
     found = [route for route in operations(admin) if f"{{{name}}}" in route[1]]
     assert found
     for method, path in found:
@@ -85,7 +86,7 @@ def test_an_id_that_is_none_is_refused_on_every_route(server: Serving, admin: ht
 
 @pytest.mark.parametrize("query", QUERIES)
 def test_a_query_that_is_wrong_is_refused_or_finds_nothing(server: Serving, alice: httpx.Client, query: str) -> None:
-    for path in ("/v1/sandboxes", "/v1/executions"):
+    for path in ("/v1/sandboxes", "/v1/executions", "/v1/snapshots"):
         said = raw(server, "GET", f"{path}?{query}", alice.headers["x-api-key"])
         if said[0] != 200:
             refused(said, query)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -11,12 +13,17 @@ import pytest
 from callers import SSE, events, problem, run, socket
 from websockets.exceptions import InvalidStatus
 
-UNKNOWN_BOX, UNKNOWN_RUN = "s0123456789abcdef", "e" + "0" * 24
+from fumehood.records import SnapshotRecord
+from fumehood.store import Store
+
+UNKNOWN = {"sandbox_id": "s0123456789abcdef", "execution_id": "e" + "0" * 24, "snapshot_id": "p" + "0" * 16}
+UNKNOWN_BOX, UNKNOWN_RUN = UNKNOWN["sandbox_id"], UNKNOWN["execution_id"]
 BODIES: dict[str, Any] = {
     "sandboxes_extend": {"lease_s": 60},
     "sandboxes_checkpoint": {},
     "sandboxes_rollback": {"checkpoint": "python:check1"},
     "sandboxes_fork": {"count": 1},
+    "snapshots_create": {},
     "executions_run": {"code": "1"},
     "executions_exec": {"argv": ["true"]},
     "contexts_create_context": {"language": "python"},
@@ -26,20 +33,38 @@ BODIES: dict[str, Any] = {
     "files_move": {"source": "a", "destination": "b"},
     "files_sign": {"path": "f"},
 }
+LISTED = ("execution_id", "snapshot_id")
 SOCKETS = ("/processes", "/processes/1", "/files/watch?path=/", "/executions/stream")
 Route = tuple[str, str, str]
 
 
 @pytest.fixture(scope="module")
-def hers(alice: httpx.Client) -> Iterator[dict[str, str]]:
+def hers(alice: httpx.Client, home: Path) -> Iterator[dict[str, str]]:
     """A sandbox and an execution of Alice's, and names in them that only she can know."""
     made = alice.post("/v1/sandboxes", json={"metadata": {"who": "canary-metadata"}}).raise_for_status().json()
     path = f"/v1/sandboxes/{made['id']}"
     alice.put(f"{path}/files", params={"path": "canary-file"}, content=b"canary-content").raise_for_status()
     alice.post(f"{path}/executions", json={"code": "print('canary-output')", "wait": False}).raise_for_status()
     known = alice.get("/v1/executions", params={"sandbox_id": made["id"]}).json()["executions"]
-    yield {"sandbox_id": made["id"], "execution_id": known[0]["id"], "path": path}
+    kept = snapshot_of(home, made)
+    yield {"sandbox_id": made["id"], "execution_id": known[0]["id"], "snapshot_id": kept, "path": path}
     alice.delete(path)
+
+
+def snapshot_of(home: Path, box: dict[str, Any]) -> str:
+    """Its record alone, as this tier makes none: whose it is, is looked at before anything else."""
+
+    async def put() -> str:
+        kept = SnapshotRecord(
+            "p0123456789abcdef", "alice", box["key_id"], box["id"], "qemu", "python", "default", "", "{}", "ready", 1.0, 1,
+            {"who": "canary-snapshot"},
+        )  # fmt: skip
+        store = await Store.open(home / "state/store.db", exclusive=False)
+        await store.snapshots.put(kept)
+        await store.aclose()
+        return kept.id
+
+    return asyncio.run(put())
 
 
 def routes(http: httpx.Client, *placeholders: str) -> list[Route]:
@@ -64,14 +89,15 @@ def ask(http: httpx.Client, route: Route, ids: dict[str, str]) -> tuple[int, str
 def test_every_route_with_an_id_says_of_anothers_what_it_says_of_an_unknown_one(
     alice: httpx.Client, robert: httpx.Client, hers: dict[str, str]
 ) -> None:
-    ids = {name: hers[name] for name in ("sandbox_id", "execution_id")}
+    ids = {name: hers[name] for name in UNKNOWN}
     found = routes(robert, *ids)
-    assert len(found) >= 28 and {operation for _, _, operation in found} >= BODIES.keys()
+    assert len(found) >= 31 and {operation for _, _, operation in found} >= BODIES.keys()
     for route in found:
-        theirs, nobodys = ask(robert, route, ids), ask(robert, route, {"sandbox_id": UNKNOWN_BOX, "execution_id": UNKNOWN_RUN})
+        theirs, nobodys = ask(robert, route, ids), ask(robert, route, UNKNOWN)
         assert theirs == nobodys, route
     assert alice.get(hers["path"]).json()["state"] in ("ready", "running")
     assert alice.get(f"{hers['path']}/files", params={"path": "canary-file"}).text == "canary-content"
+    assert alice.get(f"/v1/snapshots/{hers['snapshot_id']}").json()["metadata"] == {"who": "canary-snapshot"}
 
 
 @pytest.mark.parametrize("end", SOCKETS)
@@ -86,10 +112,22 @@ def test_every_socket_refuses_anothers_sandbox_as_an_unknown_one(robert: httpx.C
     assert said[0] == said[1] and said[0][0] == 404
 
 
+def _places(known: dict[str, str]) -> list[dict[str, str]]:
+    """Where each list may be told to begin."""
+    box = known["sandbox_id"]
+    return [{"after": box}, *({"after": known[name], "sandbox_id": box} for name in LISTED)]
+
+
+def test_a_snapshot_of_another_tenant_makes_no_sandbox(robert: httpx.Client, hers: dict[str, str]) -> None:
+    said = [robert.post("/v1/sandboxes", json={"snapshot": known["snapshot_id"]}) for known in (hers, UNKNOWN)]
+    texts = [problem(answer, 404, "not_found")["message"] for answer in said]
+    assert texts[0].replace(hers["snapshot_id"], UNKNOWN["snapshot_id"]) == texts[1]
+    assert robert.get("/v1/sandboxes").json()["sandboxes"] == []
+
+
 def test_lists_hold_nothing_of_another_tenant_wherever_they_begin(robert: httpx.Client, hers: dict[str, str]) -> None:
-    theirs = {"after": hers["sandbox_id"]}, {"after": hers["execution_id"], "sandbox_id": hers["sandbox_id"]}
-    nobodys = {"after": UNKNOWN_BOX}, {"after": UNKNOWN_RUN, "sandbox_id": UNKNOWN_BOX}
-    for at, asked in enumerate(("/v1/sandboxes", "/v1/executions")):
+    theirs, nobodys = (_places(known) for known in (hers, UNKNOWN))
+    for at, asked in enumerate(("/v1/sandboxes", "/v1/executions", "/v1/snapshots")):
         for state in ({}, {"state": "stopped"}) if at == 0 else ({},):
             shown = [robert.get(asked, params={**state, **more}) for more in ({}, theirs[at], nobodys[at])]
             assert all("canary" not in s.text and "alice" not in s.text for s in shown)

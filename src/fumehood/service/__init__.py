@@ -262,7 +262,7 @@ class Service:
         if (snapshot.tier, snapshot.policy_hash) != (lease.tier, spec.policy_hash):
             raise InvalidInput(
                 "that snapshot is of another kind of sandbox",
-                cause=f"of {snapshot.policy} on {snapshot.tier}; this is {spec.policy_name} on {lease.tier}, or has other limits",
+                cause=f"of {snapshot.policy} on {snapshot.tier}; this is {spec.policy_name} on {lease.tier}, or limits differ",
                 remediation="create a sandbox from it",
             )
         with await self._admission.turn(self._admission.wait(caller, 0, None)):
