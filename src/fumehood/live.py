@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from fumehood.errors import FumehoodError, InvalidInput, InvalidTransition, SandboxGone
+from fumehood.errors import InvalidInput, InvalidTransition, SandboxGone
 from fumehood.execution import Capture, Followed, Sinks, check_code, feed, follow
 from fumehood.model import CodeRequest, ExecRequest, Result, SandboxSpec, SandboxState, move
 from fumehood.runtime.base import Handle, Stats
@@ -128,7 +128,7 @@ class Live:
         async with self._moving:
             self.state = move(self.state, SandboxState.RUNNING if self._active else SandboxState.READY)
             await self.handle.resume()
-            if self.link.lost:  # it was copied while it was paused
+            if self.link.detached:  # it was copied while it was paused
                 await self._relink()
 
     async def kill(self, cause: str = "killed by its owner") -> None:
@@ -195,7 +195,7 @@ class Live:
             return
         try:
             self.link = await self._join(self.handle)
-        except FumehoodError as e:
+        except Exception as e:
             await self.kill(f"its agent did not come back: {e}")
             raise
         if self.state is SandboxState.STOPPED:  # meanwhile

@@ -133,7 +133,7 @@ class Link:
         self._space.set()
         self._task: asyncio.Task[None] | None = None
         self.hello: dict[str, Any] = {}
-        self.lost, self._detached = "", False
+        self.lost, self.detached = "", False
 
     async def start(self, timeout_s: float) -> None:
         """Exchange HELLO. Raises AgentUnresponsive, SetupFailed, WireError or SandboxGone."""
@@ -230,13 +230,13 @@ class Link:
 
     def detach(self, why: str) -> None:
         """The sandbox goes on without it: who uses it must ask again. What is unsent is dropped: a paused one reads nothing."""
-        self._detached = not self.lost
+        self.detached = not self.lost
         self.lose(why)
         self._writer.transport.abort()
 
     def over(self) -> FumehoodError:
         """What `lost` means to whoever asks."""
-        if self._detached:
+        if self.detached:
             return Detached("the connection to the sandbox was cut", cause=self.lost, remediation="ask again: it goes on")
         return SandboxGone("the sandbox ended", cause=self.lost, remediation="create a new sandbox")
 
