@@ -1,0 +1,39 @@
+"""The native tier where cgroup v2 is all there is: a guest of our own runs its tests as a user with a delegated group, and as
+root in a delegated unit. This file alone: make test PYTEST_ARGS="-m microvm tests/microvm/test_cgroup_v2_lane.py".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from fumehood.runtime.microvm.assets import Assets, Manifest
+from lane import disks, machine
+from lane.init import TESTER
+from lane.machine import Ran
+
+pytestmark = [pytest.mark.microvm, pytest.mark.root]
+LIMIT_S = 600.0  # a machine that hangs; it takes about half
+_PYTEST = ("-q", "--tb=short", "-p", "no:cacheprovider", "-p", "lane.chosen", "-o", "faulthandler_timeout=100")
+_CONTRACT = "tests/contract/test_contract.py"
+RUNS = (
+    {"name": TESTER, "argv": [*_PYTEST, "-m", "rootless and not root", "tests/lane/world.py", _CONTRACT]},
+    {"name": "root", "argv": [*_PYTEST, "-m", "root or rootless", "tests/lane/world.py", "tests/native/test_cgroup.py"]},
+)
+# Fewer than these means that a selection has come to nothing.
+FLOOR = {TESTER: 50, "root": 50}
+
+
+@pytest.fixture(scope="module")
+def ran(kernel: Callable[[str], Manifest], cached: Assets, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ran]:
+    root = disks.root(cached).path(disks.ROOT)
+    return machine.boot(kernel("stock"), root, tmp_path_factory.mktemp("lane"), RUNS, LIMIT_S)
+
+
+@pytest.mark.parametrize("who", [TESTER, "root"])
+def test_the_native_tier_holds_on_cgroup_v2(who: str, ran: dict[str, Ran]) -> None:
+    """H13, H15, H19; M2 to M4."""
+    found = ran.get(who) or ran[""]
+    assert (found.exit_code, found.bad) == (0, {}), found.summary
+    assert found.passed >= FLOOR[who], found.summary
