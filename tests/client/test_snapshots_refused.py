@@ -189,9 +189,9 @@ def test_a_copy_whose_connection_is_reset_is_asked_for_once_more_under_the_same_
 @pytest.mark.parametrize("retryable", [True, False])
 def test_whether_to_try_again_is_the_servers_word(retryable: bool) -> None:
     problem = {"code": "invalid_transition", "message": "an execution runs", "retryable": retryable}
-    with Scripted(lambda _: answer(problem, 409)) as server, Sandbox(url=server.url) as box:
-        with pytest.raises(InvalidTransition) as raised:
-            box.snapshot()
+    refusing = Scripted(lambda _: answer(problem, 409))
+    with refusing as server, Sandbox(url=server.url) as box, pytest.raises(InvalidTransition) as raised:
+        box.snapshot()
     assert raised.value.retryable is retryable
 
 

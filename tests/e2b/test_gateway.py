@@ -65,9 +65,7 @@ def test_a_sandbox_of_another_tenant_is_answered_byte_for_byte_like_none_h14(
 
 
 @pytest.mark.parametrize("prefix", ["", "/v2"])
-@pytest.mark.parametrize(
-    "call", ["GET", "DELETE", *(f"POST /{verb}" for verb in POSTED), "GET /metrics", "PUT /network"]
-)
+@pytest.mark.parametrize("call", ["GET", "DELETE", *(f"POST /{verb}" for verb in POSTED), "GET /metrics", "PUT /network"])
 def test_the_control_api_answers_so_too_h14(box: Sandbox, server: Server, prefix: str, call: str) -> None:
     method, _, verb = call.partition(" ")
 

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cli.served import Served
-
 from fumehood.config import Config
 from fumehood.runtime.microvm.proof import Proof
 from fumehood.runtime.microvm.selftest import prove

@@ -7,10 +7,10 @@ from typing import Any
 
 import proven
 import pytest
-from cli.served import Served
 from e2b.exceptions import SandboxException
 from e2b_code_interpreter import Sandbox as E2bSandbox
 
+from cli.served import Served
 from fumehood import Sandbox
 from fumehood.errors import NotFound
 

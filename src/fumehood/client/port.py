@@ -93,7 +93,7 @@ class Terms:
 
 @dataclass(frozen=True, slots=True)
 class Embed:
-    """Opens a sandbox of this process. `as_kept`: nothing was said of limits and policy, so a snapshot keeps those that it had."""
+    """Opens a sandbox of this process. `as_kept`: no limits or policy were given, so those of the snapshot hold."""
 
     spec: SandboxSpec
     tier: str

@@ -24,7 +24,8 @@ from fumehood.runtime.base import Capabilities, Stats
 
 __all__ = ["AsyncSandbox", "Sandbox", "Snapshot", "capabilities"]
 
-Records, Kept = list[SandboxRecord], list[Snapshot]  # `list` is also a method here
+Records = list[SandboxRecord]  # `list` is also a method here
+Kept = list[Snapshot]
 
 
 def capabilities(tier: str = "auto") -> Capabilities:

@@ -94,9 +94,9 @@ class Desk:
         self._closed = True
         async with self._opening:  # one that is just being made is ended too
             boxes, self._boxes = list(self._boxes.values()), {}
-        outcomes = await asyncio.gather(*(box.close() for box in boxes), return_exceptions=True)
-        outcomes += await asyncio.gather(self._forget(keep=0), return_exceptions=True)
-        for failure in (o for o in outcomes if isinstance(o, BaseException)):
+        closed = await asyncio.gather(*(box.close() for box in boxes), return_exceptions=True)
+        forgotten = await asyncio.gather(self._forget(keep=0), return_exceptions=True)
+        for failure in (o for o in (*closed, *forgotten) if isinstance(o, BaseException)):
             raise failure
 
     def _named(self, sandbox_id: str) -> AsyncSandbox:
