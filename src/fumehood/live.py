@@ -198,7 +198,7 @@ class Live:
         except Exception as e:
             await self.kill(f"its agent did not come back: {e}")
             raise
-        if self.state is SandboxState.STOPPED:  # meanwhile
+        if self.gone_because:  # meanwhile
             self.link.lose(self.gone_because)
 
     async def replace(self, handle: Handle, link: Link, cause: str) -> None:

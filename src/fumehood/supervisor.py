@@ -36,6 +36,8 @@ class Supervisor:
         self.config, self._tiers = config, tiers
         self._runtimes: dict[str, Runtime] = {}
         self._live: dict[str, Live] = {}
+        # At once. The disk is the bound; and each holds a thread of the loop's pool, in which its monitor needs others.
+        self._snapshots_at_once = asyncio.Semaphore(2)
 
     @functools.cached_property
     def choice(self) -> Choice:
@@ -82,7 +84,7 @@ class Supervisor:
         attach again. Raises Unsupported, InvalidTransition, CapacityExceeded, SetupFailed, SandboxGone; then nothing is kept.
         """
         runtime, name = self.copying(live.tier), snapshot_id or "p" + secrets.token_hex(8)
-        async with contextlib.AsyncExitStack() as undo:
+        async with self._snapshots_at_once, contextlib.AsyncExitStack() as undo:
             facts = await _whole(_taken(live, runtime, name, undo))
             undo.pop_all()
         return facts

@@ -11,9 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
-from service.opened import ME, OTHER, config, held, until
 
-from fumehood.config import Config
 from fumehood.errors import (
     CapacityExceeded,
     Detached,
@@ -36,6 +34,7 @@ from fumehood.runtime.microvm.proof import Proof
 from fumehood.runtime.microvm.selftest import prove
 from fumehood.service import CreateAsk, Service
 from fumehood.store import Store
+from service.opened import ME, OTHER, config, held, until
 
 pytestmark = [pytest.mark.microvm, pytest.mark.root]
 SMALL = CreateAsk(limits={"memory_bytes": 128 * MIB, "timeout_s": 60})

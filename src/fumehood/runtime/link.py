@@ -84,8 +84,8 @@ class Stream:
 
     async def send(self, data: bytes, channel: int = wire.STDIN) -> None:
         for start in range(0, len(data), wire.CHUNK_BYTES):
-            chunk = data[start : start + wire.CHUNK_BYTES]
-            await self._link.send(wire.encode(self.number, wire.DATA, bytes([channel]) + chunk))
+            payload = bytes([channel]) + data[start : start + wire.CHUNK_BYTES]
+            await self._link.send(wire.encode(self.number, wire.DATA, payload))
 
     async def close_input(self) -> None:
         await self._link.send(wire.encode(self.number, wire.CLOSE))
@@ -110,11 +110,11 @@ def setup_failure(data: bytes) -> FumehoodError:
 
 def _setup_failed(hello: dict[str, Any]) -> FumehoodError:
     failed = wire.table(hello.get("setup_failed"))
+    cause = str(failed.get("message"))
     if failed.get("step") == "file-rules":  # the only step that does what its caller asked for
-        return PolicyError(
-            "what the policy says of files can't hold (step file-rules)", cause=str(failed.get("message")), remediation="correct files of the policy"
-        )
-    return SetupFailed(f"step {failed.get('step')} of the recipe failed", cause=str(failed.get("message")))
+        said = "what the policy says of files can't hold (step file-rules)"
+        return PolicyError(said, cause=cause, remediation="correct files of the policy")
+    return SetupFailed(f"step {failed.get('step')} of the recipe failed", cause=cause)
 
 
 def _error(error: dict[str, Any]) -> FumehoodError:
@@ -235,7 +235,6 @@ class Link:
         self._writer.transport.abort()
 
     def over(self) -> FumehoodError:
-        """What `lost` means to whoever asks."""
         if self.detached:
             return Detached("the connection to the sandbox was cut", cause=self.lost, remediation="ask again: it goes on")
         return SandboxGone("the sandbox ended", cause=self.lost, remediation="create a new sandbox")
