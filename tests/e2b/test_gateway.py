@@ -124,7 +124,7 @@ def test_what_a_key_has_under_way_is_counted_until_it_ends_or_its_client_goes_aw
 def test_a_key_holds_no_more_sandboxes_than_it_may(server: Server, make: Make) -> None:
     key = server.new_key(tenant="alpha", limits={"sandboxes": 1})
     held = make(**server.options(key))
-    with pytest.raises(RateLimitException, match="holds 1 sandboxes"):
+    with pytest.raises(RateLimitException, match="may hold 1 sandboxes"):
         make(**server.options(key))
     held.kill()
     make(**server.options(key))
