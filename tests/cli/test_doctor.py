@@ -113,3 +113,8 @@ def test_a_lost_proof_is_said_in_red_letters_and_in_json(fumehood: Run, bare: Pa
 def test_a_tier_that_boots_nothing_is_wrong_usage(fumehood: Run, bare: Path) -> None:
     done = fumehood("doctor", "--boot", "--tier", "native")
     assert done.returncode == 2 and "it boots no guest" in done.stderr
+
+
+def test_a_run_says_on_which_tier_it_was_as_doctor_has_it(fumehood: Run, bare: Path) -> None:
+    ran = json.loads(fumehood("run", "--local", "--json", "-c", "1").stdout)
+    assert ran["tier"] == json.loads(fumehood("doctor", "--json").stdout)["auto"]["tier"]

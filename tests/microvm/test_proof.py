@@ -108,7 +108,16 @@ def test_a_corrupt_file_proves_nothing_warns_and_is_replaced_by_the_next_one(con
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"reason": None}, {"reason": 0}, {"facts": {}}, {"facts": []}, {"at": "now"}, {"tier": "qemu"}, {"kernel": ["pvm"]}, {"x": 1}],
+    [
+        {"reason": None},
+        {"reason": 0},
+        {"facts": {}},
+        {"facts": []},
+        {"at": "now"},
+        {"tier": "qemu"},
+        {"kernel": ["pvm"]},
+        {"x": 1},
+    ],
     ids=str,
 )
 def test_an_entry_of_the_wrong_shape_proves_nothing(config: Config, wrong: dict[str, object]) -> None:

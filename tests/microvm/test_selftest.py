@@ -129,7 +129,7 @@ async def test_a_broken_monitor_is_not_proven(config: Config, tmp_path: Path, ti
     broken.write_text(text)
     broken.chmod(0o755)
     proof = await prove(replace(config, **{tier: str(broken)}), tier)
-    assert not proof.proven and "can't be used" in proof.reason or "too old, or none" in proof.reason, proof.reason
+    assert not proof.proven and ("can't be used" in proof.reason or "too old, or none" in proof.reason), proof.reason
 
 
 async def test_without_any_kernel_or_image_it_says_how_to_make_them(config: Config) -> None:

@@ -44,7 +44,10 @@ async def _doctor(as_json: bool, tier: str, boot: bool) -> int:
     lacking = unmet(AsyncSandbox(policy="default").spec.require, found.protections)
     good = found.available and not lacking and booted
     if as_json:
-        tiers = {"auto": {"tier": auto.tier, "why": auto.why, "weaker": auto.weaker}, "tiers": [dataclasses.asdict(s) for s in standings]}
+        tiers = {
+            "auto": {"tier": auto.tier, "why": auto.why, "weaker": auto.weaker},
+            "tiers": [dataclasses.asdict(s) for s in standings],
+        }
         exits.print_json({**dataclasses.asdict(found), "ok": good, "lacking": lacking, **tiers, "host": host_facts()})
     else:
         _show(found, lacking)

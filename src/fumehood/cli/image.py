@@ -18,7 +18,9 @@ from fumehood.errors import SetupFailed
 if TYPE_CHECKING:
     from fumehood.runtime.microvm.assets import Assets, Manifest
 
-app = typer.Typer(help="What microVMs start from: prepare, build, list. It is kept in the state directory.", no_args_is_help=True)
+app = typer.Typer(
+    help="What microVMs start from: prepare, build, list. It is kept in the state directory.", no_args_is_help=True
+)
 app.command()(prepare.prepare)
 
 _Build = Callable[["Assets", Step], "Manifest"]

@@ -51,7 +51,9 @@ async def _prepare(tier: str, template: str, install: bool, as_json: bool) -> in
     from fumehood.runtime.tiers import MICROVM
 
     if tier not in MICROVM:
-        raise InvalidInput(f"nothing to prepare for the tier {tier!r}", cause=f"known: {', '.join(MICROVM)}", remediation="name one")
+        raise InvalidInput(
+            f"nothing to prepare for the tier {tier!r}", cause=f"known: {', '.join(MICROVM)}", remediation="name one"
+        )
     config, started = dataclasses.replace(Config.load(), url=""), time.monotonic()
     with progress(not as_json) as step:
         preparation = Preparation(config, tier, template, install, step)
@@ -125,7 +127,9 @@ class Preparation:
                 result = await box.run("6 * 7")
                 create_ms = result.timings.create_ms
             if result.text != "42":
-                raise SetupFailed("the first sandbox gave no right answer", cause=f"{result.status}: {result.cause or result.text}")
+                raise SetupFailed(
+                    "the first sandbox gave no right answer", cause=f"{result.status}: {result.cause or result.text}"
+                )
         return create_ms
 
     async def _monitor(self) -> None:
@@ -156,7 +160,9 @@ class Preparation:
             return
         if os.geteuid() != 0 or shutil.which("apt-get") is None:
             raise InvalidInput(
-                "--install can't install here", cause="it takes root and apt-get", remediation="leave it out: it says what is missing"
+                "--install can't install here",
+                cause="it takes root and apt-get",
+                remediation="leave it out: it says what is missing",
             )
         self.step(f"apt-get install {' '.join(packages)}", 0, 1)
         command = ["apt-get", "install", "-q", "-y", "--no-install-recommends", "--no-upgrade", *packages]

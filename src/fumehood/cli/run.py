@@ -91,10 +91,11 @@ async def _run(job: Job) -> int:
         for path in job.copy_in:
             files.report(await files.copy_in(box, path))
         result = await box.run(job.code, language=job.language, timeout_s=job.timeout_s, **_live(job.as_json))
+        tier = box.tier
         if job.copy_out:
             await _collect(box, result, job.copy_out)
     if job.as_json:
-        exits.print_json(to_json(result) | {"tier": box.tier})
+        exits.print_json(to_json(result) | {"tier": tier})
     else:
         _show(result)
     return exits.exit_code(result)

@@ -11,12 +11,12 @@ import os
 import platform
 import shutil
 from collections.abc import Generator, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self, cast
 
 from fumehood.config import Config
-from fumehood.errors import SetupFailed
+from fumehood.errors import InvalidInput, SetupFailed
 from fumehood.runtime.microvm import kvm
 from fumehood.runtime.microvm.assets import Assets, Manifest
 from fumehood.runtime.microvm.image import agent_digest
@@ -131,7 +131,7 @@ def _changed(config: Config, proof: Proof) -> str:
     assets = Assets(config.state_dir)
     try:
         kernel, image = assets.load("kernels", proof.kernel), assets.load("images", proof.image)
-    except SetupFailed as e:
+    except (SetupFailed, InvalidInput) as e:
         return str(e)
     now = facts(config, proof.tier, kernel, image)
     words = [FACTS[name] for name in FACTS if now[name] != proof.facts[name]]
@@ -148,12 +148,11 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _checked(tier: str, entry: dict[str, Any]) -> dict[str, Any]:
-    plain = Proof(tier)
-    for each in fields(Proof):
-        value, kind = entry[each.name], type(getattr(plain, each.name))
-        if not isinstance(value, kind):
-            raise TypeError(f"{tier}.{each.name}")
-    if entry["tier"] != tier or len(entry) != len(fields(Proof)):
+    plain: dict[str, object] = asdict(Proof(tier))
+    for name, usual in plain.items():
+        if not isinstance(entry[name], type(usual)):
+            raise TypeError(f"{tier}.{name} is {entry[name]!r:.40}")
+    if entry["tier"] != tier or len(entry) != len(plain):
         raise ValueError(f"the entry {tier} is another's")
     if not entry["reason"] and not {*FACTS} <= {n for n, v in entry["facts"].items() if isinstance(v, str)}:
         raise ValueError(f"{tier} is said to be proven, with nothing to tell it by")

@@ -97,8 +97,8 @@ async def _found(config: Config, tier: str, step: Step, image_name: str, kernels
     try:
         for number, attempt in enumerate(attempts):
             step(f"booting a guest: {attempt}", number, len(attempts))
+            now = await asyncio.to_thread(facts, config, tier, attempt.kernel, image)
             if not (failure := await failure_of(places, monitor(config, tier, attempt.accel), attempt, image)):
-                now = await asyncio.to_thread(facts, config, tier, attempt.kernel, image)
                 return Proof(tier, "", attempt.kernel.name, attempt.accel, image.name, version, now)
             failures.append(f"{attempt}: {failure}")
     finally:
