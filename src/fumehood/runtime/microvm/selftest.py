@@ -42,7 +42,6 @@ _INSTALL = {
 _MEMORY_BYTES = 256 * MIB
 _BOOT_S = 60.0
 _USUAL_TIMEOUT_S = 300.0  # the setting's default: whoever doubles it has a host on which everything takes twice as long
-_KVM_S = 20.0  # where it works at all, a guest is up in one second
 _WORDS_S = 10.0
 _HEARD_CHARACTERS = 1_000
 
@@ -108,14 +107,21 @@ async def _found(config: Config, tier: str, step: Step, image_name: str, kernels
 
 def _attempts(config: Config, tier: str, kernels: Sequence[str]) -> list[Attempt]:
     """Raises SetupFailed when none of the kernels is built, ProtectionUnavailable where KVM is needed and is not there."""
-    slower = max(1.0, config.microvm_boot_timeout_s / _USUAL_TIMEOUT_S)
+    patience_s = _patience_s(config)
     built = _built(Assets(config.state_dir), kernels)
     if tier == "firecracker":
         kvm.check()
-        pvm_s = config.microvm_boot_timeout_s
-        return [Attempt(kernel, "kvm", pvm_s if kernel.name == "pvm" else _BOOT_S * slower) for kernel in built]
-    quick = [Attempt(kernel, "kvm", _KVM_S * slower) for kernel in built if kernel.name == "small" and _has_kvm()]
-    return quick + [Attempt(kernel, "tcg", _BOOT_S * slower) for kernel in built]
+        longest_s = config.microvm_boot_timeout_s
+        return [Attempt(kernel, "kvm", longest_s if kernel.name == "pvm" else patience_s) for kernel in built]
+    quick = [Attempt(kernel, "kvm", patience_s) for kernel in built if kernel.name == "small" and _has_kvm()]
+    return quick + [Attempt(kernel, "tcg", patience_s) for kernel in built]
+
+
+def _patience_s(config: Config) -> float:
+    """On a busy host everything takes as many times as long as there are programs for each processor."""
+    slower = max(1.0, config.microvm_boot_timeout_s / _USUAL_TIMEOUT_S)
+    busy = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+    return min(config.microvm_boot_timeout_s, _BOOT_S * slower * busy)
 
 
 def _built(assets: Assets, kernels: Sequence[str]) -> list[Manifest]:
