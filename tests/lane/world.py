@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -135,3 +137,41 @@ def test_the_end_is_cgroup_kill_and_leaves_no_group(monkeypatch: pytest.MonkeyPa
         until(lambda: len((group / "cgroup.procs").read_text().split()) >= 3, "the daemon did not start")
     assert (str(group), True) in killed
     assert not group.exists()
+
+
+SUPERVISOR = """
+import sys
+from fumehood import Sandbox
+with Sandbox(tier="native") as box:
+    box.start("setsid sleep 300 & sleep 300")
+    print(box.id, flush=True)
+    sys.stdin.read()
+"""
+
+
+def supervisor(run_dir: Path) -> subprocess.Popen[str]:
+    environ = os.environ | {"FUMEHOOD_RUN_DIR": str(run_dir)}
+    argv = [sys.executable, "-c", SUPERVISOR]
+    return subprocess.Popen(argv, env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def groups(instance: str) -> list[str]:
+    """The sandboxes of an instance that have one."""
+    return sorted(p.name for p in (DELEGATED / "fumehood" / instance).glob("*/"))
+
+
+def test_the_group_that_a_killed_supervisor_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    """H19."""
+    (tmp_path / "run").mkdir(0o700)
+    with supervisor(tmp_path / "run") as lost:
+        assert lost.stdout is not None
+        box = lost.stdout.readline().strip()
+        (instance,) = os.listdir(tmp_path / "run/instances")
+        assert groups(instance) == [box]
+        lost.kill()
+    assert groups(instance) == [box]
+    with supervisor(tmp_path / "run") as following:
+        assert following.stdout is not None
+        assert following.stdout.readline()
+        assert not (DELEGATED / "fumehood" / instance).exists()
+        following.communicate("", timeout=60)
