@@ -230,7 +230,7 @@ class Link:
 
     def detach(self, why: str) -> None:
         """The sandbox goes on without it: who uses it must ask again. What is unsent is dropped: a paused one reads nothing."""
-        self.detached = not self.lost
+        self.detached = self.detached or not self.lost
         self.lose(why)
         self._writer.transport.abort()
 
