@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Generator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ MIB = 1 << 20
 
 
 @contextlib.contextmanager
-def place(parent: Path, uid: int | None = None, **more: Any) -> Iterator[Place]:
+def place(parent: Path, uid: int | None = None, **more: Any) -> Generator[Place]:
     """Empty afterwards, with no process in it, or the test fails."""
     directory = Path(tempfile.mkdtemp(prefix="m", dir=parent))
     try:
@@ -39,28 +39,31 @@ def place(parent: Path, uid: int | None = None, **more: Any) -> Iterator[Place]:
             os.chown(directory, uid, uid)
         yield Place(directory.name, directory, uid, **more)
         assert not list(directory.iterdir())
-        assert not processes_in(directory)
+        assert not processes_of(uid, directory)
     finally:
         shutil.rmtree(directory)
 
 
-def processes_in(directory: Path) -> list[str]:
+def processes_of(uid: int | None, directory: Path) -> list[str]:
+    """By uid: the root of one that is jailed looks like anybody else's from outside."""
     found: list[str] = []
     for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            if any(os.readlink(process / link).startswith(str(directory)) for link in ("root", "cwd")):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+            theirs = process.stat().st_uid == uid
+            if theirs or os.readlink(process / "cwd").startswith(str(directory)):
                 found.append((process / "comm").read_text().strip())
     return found
 
 
 def spec_of(kernel: Manifest, rootfs: Path, args: str = "", memory_bytes: int = 256 * MIB) -> MachineSpec:
     """As golden.py has it boot."""
-    words = f"{kernel.facts['boot_args']} fumehood.prestart=python tsc_early_khz={kvm.tsc_khz()} lpj={kvm.tsc_khz() * 10} {args}"
+    clock = f"tsc_early_khz={kvm.tsc_khz()} lpj={kvm.tsc_khz() * 10}"
+    words = f"{kernel.facts['boot_args']} fumehood.prestart=python {clock} {args}"
     return MachineSpec(kernel.path("vmlinux"), rootfs, words, memory_bytes)
 
 
 @contextlib.asynccontextmanager
-async def linked(machine: Machine) -> AsyncIterator[Link]:
+async def linked(machine: Machine) -> AsyncGenerator[Link]:
     """Its agent, which knows the time and is somebody's."""
     async with asyncio.timeout(PATIENCE_S):
         link = Link(*await machine.connect())
@@ -89,9 +92,7 @@ async def answered(machine: Machine, code: str) -> str:
 
 
 @contextlib.asynccontextmanager
-async def restored(
-    vmm: Firecracker, spec: MachineSpec, snapshot: Path, where: Place
-) -> AsyncIterator[FirecrackerMachine]:
+async def restored(vmm: Firecracker, spec: MachineSpec, snapshot: Path, where: Place) -> AsyncGenerator[FirecrackerMachine]:
     machine = await vmm.restore(spec, snapshot, where)
     try:
         yield machine
@@ -133,11 +134,12 @@ async def shown(machine: FirecrackerMachine, what: str) -> Any:
     head = await reader.readuntil(b"\r\n\r\n")
     answer = json.loads(await reader.readexactly(parse_head(head)[1]))
     writer.close()
+    await writer.wait_closed()
     return answer[what]
 
 
 @contextlib.contextmanager
-def small_disk(directory: Path, size_bytes: int) -> Iterator[Path]:
+def small_disk(directory: Path, size_bytes: int) -> Generator[Path]:
     directory.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size_bytes},mode=700", "disk", str(directory)], check=True)
     try:
@@ -147,7 +149,7 @@ def small_disk(directory: Path, size_bytes: int) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def filled(disk: Path, room_bytes: int) -> Iterator[None]:
+def filled(disk: Path, room_bytes: int) -> Generator[None]:
     """So that only `room_bytes` are left."""
     filler = disk / "filler"
     with filler.open("wb") as file:
@@ -164,7 +166,7 @@ def copied(source: Path, directory: Path) -> Path:
 
 
 @contextlib.contextmanager
-def open_to_all() -> Iterator[Path]:
+def open_to_all() -> Generator[Path]:
     """A directory in which every uid may run programs."""
     with tempfile.TemporaryDirectory(dir="/var/tmp") as directory:
         os.chmod(directory, 0o755)

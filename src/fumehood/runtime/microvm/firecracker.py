@@ -1,4 +1,4 @@
-"""Firecracker as the monitor, under its jailer where we are root. Its own seccomp filter stays on, and no PCI is asked for (H3).
+"""Firecracker as the monitor, under its jailer where we are root. Its own seccomp filter stays on; no PCI is asked for (H3).
 
 All that a machine names is relative to the directory that its monitor sees, so a snapshot goes on in any other one.
 """
@@ -13,7 +13,6 @@ import shutil
 import subprocess
 from collections.abc import AsyncGenerator
 from pathlib import Path
-from typing import Any
 
 from fumehood.errors import ProtectionUnavailable, SetupFailed
 from fumehood.runtime.microvm.firecracker_api import Fault
@@ -57,16 +56,20 @@ class Firecracker:
     async def boot(self, spec: MachineSpec, place: Place) -> FirecrackerMachine:
         async with self._started(place) as machine:
             files = {KERNEL: spec.kernel, ROOTFS: spec.rootfs} | ({INITRD: spec.initrd} if spec.initrd else {})
-            for name, source in files.items():
-                machine.jail.link(name, source)
-            initrd = {"initrd_path": INITRD} if spec.initrd else {}
-            await machine.api.ask("PUT /boot-source", kernel_image_path=KERNEL, boot_args=spec.boot_args, **initrd)
-            size = {"vcpu_count": spec.vcpus, "mem_size_mib": spec.memory_bytes >> 20}
-            await machine.api.ask("PUT /machine-config", **size, track_dirty_pages=True)
+            for name, path in files.items():
+                machine.jail.link(name, path)
+            source = {
+                "kernel_image_path": KERNEL,
+                "boot_args": spec.boot_args,
+                **({"initrd_path": INITRD} if spec.initrd else {}),
+            }
+            size = {"vcpu_count": spec.vcpus, "mem_size_mib": spec.memory_bytes >> 20, "track_dirty_pages": True}
             drive = {"drive_id": ROOTFS, "path_on_host": ROOTFS, "is_root_device": False, "is_read_only": True}
-            await machine.api.ask(f"PUT /drives/{ROOTFS}", **drive, **(_limiter(place) if place.read_bps else {}))
-            await machine.api.ask("PUT /vsock", guest_cid=GUEST_CID, uds_path=CHANNEL)
-            await machine.api.ask("PUT /actions", action_type="InstanceStart")
+            await machine.api.ask("PUT /boot-source", source)
+            await machine.api.ask("PUT /machine-config", size)
+            await machine.api.ask(f"PUT /drives/{ROOTFS}", drive | (_limiter(place) if place.read_bps else {}))
+            await machine.api.ask("PUT /vsock", {"guest_cid": GUEST_CID, "uds_path": CHANNEL})
+            await machine.api.ask("PUT /actions", {"action_type": "InstanceStart"})
         return machine
 
     async def restore(self, spec: MachineSpec, snapshot: Path, place: Place) -> FirecrackerMachine:
@@ -76,8 +79,9 @@ class Firecracker:
             _check_size(os.fstat(machine.base).st_size, spec)
             backend = {"backend_type": "File", "backend_path": MEMORY}
             load = {"snapshot_path": STATE, "mem_backend": backend, "enable_diff_snapshots": True, "resume_vm": True}
-            await machine.api.ask("PUT /snapshot/load", **load)
-            await machine.api.ask(f"PATCH /drives/{ROOTFS}", drive_id=ROOTFS, **_limiter(place))  # it came with another place's
+            await machine.api.ask("PUT /snapshot/load", load)
+            # Its disk came with the limit of another place.
+            await machine.api.ask(f"PATCH /drives/{ROOTFS}", {"drive_id": ROOTFS, **_limiter(place)})
         return machine
 
     @contextlib.asynccontextmanager
@@ -111,7 +115,7 @@ def _jailer(binary: Path) -> Path | None:
     return beside if beside.exists() else None
 
 
-def _limiter(place: Place) -> dict[str, Any]:
+def _limiter(place: Place) -> dict[str, object]:
     """A bucket that fills up within a second; one of size 0 is none."""
     return {"rate_limiter": {"bandwidth": {"size": place.read_bps, "refill_time": 1000}}}
 
@@ -158,8 +162,8 @@ def _checked_version(binary: Path) -> str:
 
 def _printed_version(binary: Path) -> Version:
     try:
-        options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "timeout": _VERSION_S, "env": {}}
-        said = subprocess.run([binary, "--version"], check=False, **options).stdout
+        command = [str(binary), "--version"]
+        said = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_VERSION_S, env={}).stdout
     except (OSError, subprocess.TimeoutExpired) as e:
         raise _unusable(str(e)) from None
     found = re.match(rb"(?:Firecracker|Jailer) v(\d+)\.(\d+)\.(\d+)", said)

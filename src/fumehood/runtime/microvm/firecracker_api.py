@@ -9,7 +9,8 @@ import asyncio
 import contextlib
 import json
 import re
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import cast
 
 from fumehood.runtime.microvm.jailer import API, Jail
 from fumehood.runtime.microvm.process import Monitor
@@ -30,7 +31,7 @@ class Api:
         self._turn = asyncio.Lock()
         self._connection: _Connection | None = None
 
-    async def ask(self, request: str, deadline_s: float = CALL_S, **body: Any) -> None:
+    async def ask(self, request: str, body: Mapping[str, object], deadline_s: float = CALL_S) -> None:
         """`request`: METHOD and path. Raises Fault."""
         async with self._turn:
             try:
@@ -48,7 +49,8 @@ class Api:
         self._connection = None  # and stays so unless an answer comes to its end
         with contextlib.ExitStack() as undo:
             undo.callback(writer.close)
-            head = f"{request} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+            headers = f"Host: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+            head = f"{request} HTTP/1.1\r\n{headers}\r\n\r\n"
             writer.write(head.encode() + body)
             status, size = parse_head(await reader.readuntil(b"\r\n\r\n"))
             answer = await reader.readexactly(size)

@@ -46,9 +46,7 @@ class FirecrackerMachine:
         return await asyncio.open_unix_connection(sock=channel)
 
     async def _greeted(self) -> socket.socket | None:
-        """A connection with HELLO to be read: after a restore the guest ends those that it accepted too early, so that only what
-        arrives is a proof.
-        """
+        """A connection with HELLO to be read. OK is no proof: after a restore the guest ends what it accepted too soon."""
         with contextlib.ExitStack() as undo:
             channel = undo.enter_context(socket.socket(socket.AF_UNIX))
             channel.setblocking(False)
@@ -69,10 +67,10 @@ class FirecrackerMachine:
         return self._monitor.said()
 
     async def pause(self) -> None:
-        await self._ask("PATCH /vm", state="Paused")
+        await self._ask("PATCH /vm", {"state": "Paused"})
 
     async def resume(self) -> None:
-        await self._ask("PATCH /vm", state="Resumed")
+        await self._ask("PATCH /vm", {"state": "Resumed"})
 
     async def snapshot(self, directory: Path) -> None:
         """Of memory, what differs is written over a copy of `base`: Firecracker does so with a file of the right size."""
@@ -82,8 +80,8 @@ class FirecrackerMachine:
             if kind == "Diff" and (base := self.base) is not None:
                 await _undisturbed(lambda: sparse.copy(base, memory))
             self._diff_fits = False  # its record starts anew; where, nobody knows after one that failed
-            paths = {"snapshot_path": f"{STATE}.new", "mem_file_path": f"{MEMORY}.new"}
-            await self._ask("PUT /snapshot/create", _SAVE_S, snapshot_type=kind, **paths)
+            what = {"snapshot_type": kind, "snapshot_path": f"{STATE}.new", "mem_file_path": f"{MEMORY}.new"}
+            await self._ask("PUT /snapshot/create", what, _SAVE_S)
             if kind == "Full":
                 await _undisturbed(lambda: sparse.punch(memory))
             _hand_over({STATE: state, MEMORY: memory}, directory)
@@ -101,9 +99,9 @@ class FirecrackerMachine:
             os.close(self.base)
         self.base = base
 
-    async def _ask(self, request: str, deadline_s: float = CALL_S, **body: str) -> None:
+    async def _ask(self, request: str, body: Mapping[str, str], deadline_s: float = CALL_S) -> None:
         try:
-            await self.api.ask(request, deadline_s, **body)
+            await self.api.ask(request, body, deadline_s)
         except Fault as e:
             raise await self._refused(e) from None
 
@@ -140,7 +138,7 @@ async def _accepted(channel: socket.socket) -> bool:
 
 
 def _hand_over(files: Mapping[str, int], directory: Path) -> None:
-    """By descriptor: what a monitor has put in the place of a name meanwhile is not taken. Raises OSError, and leaves nothing."""
+    """By descriptor: what a monitor may have put in the place of a name is not taken. Raises OSError, and leaves nothing."""
     with contextlib.ExitStack() as undo:
         for name, fd in files.items():
             os.fchown(fd, os.geteuid(), os.getegid())

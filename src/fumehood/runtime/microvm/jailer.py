@@ -39,13 +39,13 @@ class Jail:
     def __init__(self, place: Place, binary: Path, jailer: Path | None) -> None:
         """Takes the place's directory until aclose(). Raises SetupFailed when anything is in there already."""
         self._place, self._binary = place, binary.resolve()  # the jailer resolves it, too, before it makes a name of it
-        self._jailer = jailer if place.uid is not None else None
+        self._uid, self._jailer = place.uid, jailer if place.uid is not None else None
         with on_disk(f"a machine can't have the directory {place.directory}"), contextlib.ExitStack() as undo:
             base = os.open(place.directory, _OPEN_DIRECTORY)
             undo.callback(os.close, base)
-            if self._jailer is not None:
+            if self._jailer is not None and place.uid is not None:
                 undo.callback(os.fchown, base, place.uid, place.uid)
-                # Before the look: afterwards nobody but root can plant anything in the jailer's way (H3, CVE-2026-1386).
+                # Before the look: afterwards nobody but root can plant anything in the jailer's way (H3).
                 os.fchown(base, 0, 0)
                 os.fchmod(base, 0o700)
             if left := os.listdir(base):
@@ -59,12 +59,12 @@ class Jail:
     def command(self) -> tuple[str, ...]:
         """Of a Firecracker that finds here what it is told of by name alone."""
         firecracker = (str(self._binary), *_FIRECRACKER_ARGS)
-        uid = str(self._place.uid)
+        uid = str(self._uid)
         if self._jailer is not None:
             base = ("--chroot-base-dir", str(self._place.directory), "--exec-file", str(self._binary), "--id", _ID)
             ids = ("--uid", uid, "--gid", uid)
             return (str(self._jailer), *base, *ids, "--resource-limit", "no-file=1024", "--", *_FIRECRACKER_ARGS)
-        if self._place.uid is not None:
+        if self._uid is not None:
             ids = ("--reuid", uid, "--regid", uid, "--clear-groups", "--inh-caps=-all", "--bounding-set=-all")
             return ("setpriv", *ids, "--", *firecracker)
         return firecracker
@@ -76,8 +76,8 @@ class Jail:
     def create(self, name: str) -> int:
         """An empty file that the monitor can write to. Raises OSError."""
         fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=self._fd)
-        if self._place.uid is not None:
-            os.fchown(fd, self._place.uid, self._place.uid)
+        if self._uid is not None:
+            os.fchown(fd, self._uid, self._uid)
         return fd
 
     def remove(self, name: str) -> None:
@@ -99,8 +99,8 @@ class Jail:
         """After the monitor's end."""
         os.close(self._fd)
         await asyncio.to_thread(_clear, self._place.directory)
-        if self._jailer is not None and self._place.uid is not None:
-            os.chown(self._place.directory, self._place.uid, self._place.uid)
+        if self._jailer is not None and self._uid is not None:
+            os.chown(self._place.directory, self._uid, self._uid)
 
 
 def _made(base: int, names: tuple[str, ...]) -> int:

@@ -69,7 +69,8 @@ class Monitor:
 
     async def ended(self) -> None:
         """Its last words are there then, unless somebody else holds its console open."""
-        await readable(self.pidfd)
+        if self.pidfd >= 0:  # else aclose() saw it end
+            await readable(self.pidfd)
         await asyncio.wait([self._listening], timeout=_LAST_WORDS_S)
 
     def kill(self) -> None:
