@@ -146,7 +146,7 @@ def test_after_a_kill_nothing_can_fork_and_that_is_not_counted_as_the_sandbox_s_
 
 
 def test_buffers_of_tcp_sockets_are_bounded_too(instance: str, spawn: Any) -> None:
-    """H15: v1 has a counter of its own for them, without a limit unless it is set."""
+    """H15: v1 has a counter of its own for them, without a limit unless it is set. v2 ends whoever passes the one limit."""
     code = """
 import socket
 server = socket.create_server(("127.0.0.1", 0), backlog=128)
@@ -162,10 +162,13 @@ print("ready", flush=True)
 time.sleep(60)
 """
     with Group.create(HERE, instance, "sock", LIMITS) as group:
-        ready(spawn(group, code))
+        process = spawn(group, code)
         if HERE.places["memory"].version == 1:
+            ready(process)
             charged = int(value(HERE, "memory", instance, "sock", "memory.kmem.tcp.usage_in_bytes"))
             assert MIB < charged < LIMITS.memory_bytes // 2
+        else:
+            assert process.stdout.readline() == "" and group.reading().oom_kills == 1
         assert group.reading().memory_bytes <= LIMITS.memory_bytes
 
 
