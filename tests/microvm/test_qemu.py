@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import vms
-from vms import MIB, PATIENCE_S, UID
+from vms import MIB, PATIENCE_S
 
 from fumehood.agent import wire
 from fumehood.errors import CapacityExceeded, ProtectionUnavailable, SandboxGone, SetupFailed, WireError
@@ -30,6 +30,7 @@ from fumehood.runtime.microvm.qemu_machine import QemuMachine
 pytestmark = [pytest.mark.microvm, pytest.mark.root]
 Booted = tuple[MachineSpec, Path]
 Find = Callable[[str], Manifest]
+UID = vms.UID + 1000
 
 
 def spec_of(kernel: Manifest, rootfs: Path, args: str = "", memory_bytes: int = 256 * MIB) -> MachineSpec:
@@ -266,7 +267,7 @@ async def test_a_guest_that_panics_is_gone_with_its_last_words(vmm: Qemu, small:
 
 
 async def test_who_waits_for_a_guest_that_never_answers_can_stop(vmm: Qemu, small: MachineSpec, scratch: Path) -> None:
-    spec = replace(small, boot_args=f"{small.boot_args} init=/bin/sleep -- 100000")
+    spec = replace(small, boot_args=f"{small.boot_args} init=/bin/cat")
     with vms.place(scratch, UID) as where:
         async with booted(vmm, spec, where) as machine:
             with pytest.raises(TimeoutError):
@@ -380,7 +381,7 @@ async def test_a_full_disk_ends_a_copy_and_nothing_else(vmm: Qemu, golden: Boote
             await machine.pause()
             with pytest.raises(CapacityExceeded):
                 await machine.snapshot(disk)
-            assert not list(disk.iterdir()) and not vms.processes_in(disk)
+            assert not list(disk.iterdir()) and not vms.processes_of(None, disk)
             copy = await vms.saved(machine, scratch / "copy")
             assert await vms.answered(machine, "first") == "'of all'"
         async with restored(vmm, (golden[0], copy), where) as machine:
@@ -400,7 +401,7 @@ async def test_a_copy_that_is_given_up_leaves_nothing_and_the_machine_goes_on(
             if copying.cancel():
                 with pytest.raises(asyncio.CancelledError):
                     await copying
-                assert not list((scratch / "copy").iterdir()) and not vms.processes_in(scratch / "copy")
+                assert not list((scratch / "copy").iterdir()) and not vms.processes_of(None, scratch / "copy")
             await machine.resume()
             assert await vms.answered(machine, "first") == "'of all'"
             await vms.saved(machine, scratch / "again")

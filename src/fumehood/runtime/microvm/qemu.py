@@ -71,7 +71,7 @@ class Qemu:
             try:
                 await qmp.start()
             except QmpFault as e:
-                raise await failed(monitor, str(e)) from None
+                raise await failed(monitor, "it does not start", e) from None
             return QemuMachine(spec, place, monitor, qmp, partial(self._template, spec), undo.pop_all())
 
     async def _found(self) -> tuple[Path, Version, str]:

@@ -25,9 +25,9 @@ from fumehood.errors import CapacityExceeded, SandboxGone, SetupFailed
 from fumehood.runtime.microvm import serial
 from fumehood.runtime.microvm.machine import CHANNEL, MEMORY, STATE, MachineSpec, Place
 from fumehood.runtime.microvm.process import Monitor
-from fumehood.runtime.microvm.qmp import Qmp, QmpFault
+from fumehood.runtime.microvm.qmp import Qmp, QmpEnded, QmpFault
 
-_LAST_WORDS_S = 1.0
+_LAST_WORDS_S = 10.0
 _ASK_AGAIN_S, _HANG_UP_S = 5.0, 0.05
 _MIGRATION_S, _LOOK_AGAIN_S = 300.0, 0.003
 _UNLIMITED_BPS = 1 << 40  # QEMU's own limit is 128 MiB/s
@@ -43,7 +43,7 @@ class QemuMachine:
     def __init__(
         self, spec: MachineSpec, place: Place, monitor: Monitor, qmp: Qmp, template: Copier, undo: AsyncExitStack
     ) -> None:
-        self.pid, self.pidfd = monitor.pid, monitor.pidfd
+        self.pid = monitor.pid
         self._spec, self._place, self._monitor, self._qmp, self._template, self._undo = (
             spec,
             place,
@@ -53,6 +53,10 @@ class QemuMachine:
             undo,
         )
         self._left = False  # it was migrated from, and stands since
+
+    @property
+    def pidfd(self) -> int:
+        return self._monitor.pidfd
 
     async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         patience_s = _ASK_AGAIN_S
@@ -83,7 +87,7 @@ class QemuMachine:
         try:
             return wire.table(await self._qmp.execute(command, arguments, fds=fds))
         except QmpFault as e:
-            raise await failed(self._monitor, f"{command}: {e}") from None
+            raise await failed(self._monitor, command, e) from None
 
     async def load(self, state: int) -> None:
         """A clone becomes what `state` says, and runs. Raises SetupFailed."""
@@ -94,7 +98,7 @@ class QemuMachine:
         try:
             await self._qmp.happened("RESUME")
         except QmpFault as e:
-            raise await failed(self._monitor, f"the snapshot can't be restored: {e}") from None
+            raise await failed(self._monitor, "the snapshot can't be restored", e) from None
 
     async def loaded(self) -> None:
         """Of a template: the whole stream has arrived."""
@@ -115,7 +119,7 @@ class QemuMachine:
             raise
         if status.get("status") != "completed":
             reason = status.get("error-desc")
-            raise await failed(self._monitor, f"migration: {reason[:1000] if isinstance(reason, str) else status['status']}")
+            raise self._monitor.failed(f"migration: {reason[:1000] if isinstance(reason, str) else status['status']}")
 
     async def _migrated(self) -> dict[str, Any]:
         while (status := await self._told("query-migrate")).get("status") not in _MIGRATED:  # noqa: ASYNC110
@@ -175,12 +179,13 @@ class QemuMachine:
         return SandboxGone("the sandbox ended", cause=said, remediation="create a new sandbox")
 
 
-async def failed(monitor: Monitor, what: str) -> SetupFailed:
+async def failed(monitor: Monitor, what: str, fault: QmpFault) -> SetupFailed:
     """With the last words of one that has ended."""
-    with contextlib.suppress(TimeoutError):  # else it lives
-        async with asyncio.timeout(_LAST_WORDS_S):
-            await monitor.ended()
-    return monitor.failed(what)
+    if isinstance(fault, QmpEnded):
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LAST_WORDS_S):
+                await monitor.ended()
+    return monitor.failed(f"{what}: {fault}")
 
 
 @contextlib.contextmanager

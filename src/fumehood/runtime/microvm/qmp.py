@@ -20,6 +20,10 @@ class QmpFault(Exception):
     """It refused, came too late, has gone, or what it said is no QMP."""
 
 
+class QmpEnded(QmpFault):
+    """The process has ended, or is about to."""
+
+
 def encode(number: int, command: str, arguments: Message) -> bytes:
     return json.dumps({"execute": command, "arguments": arguments, "id": number}).encode() + b"\n"
 
@@ -69,7 +73,8 @@ class Qmp:
 
     def __init__(self, connection: socket.socket) -> None:
         connection.setblocking(False)
-        self._socket, self._fault = connection, ""
+        self._socket: socket.socket = connection
+        self._fault: QmpFault | None = None
         self._numbers, self._last, self._turn = itertools.count(1), 0, asyncio.Lock()
         self._answers: dict[int, asyncio.Future[Any]] = {}
         self._events: dict[str, asyncio.Future[Any]] = {"QMP": _future()}
@@ -94,7 +99,7 @@ class Qmp:
         """From now on it is remembered, once, for happened(); all other events are dropped."""
         self._events[event] = _future()
         if self._fault:
-            self._events[event].set_exception(QmpFault(self._fault))
+            self._events[event].set_exception(_copy(self._fault))
 
     async def happened(self, event: str, deadline_s: float = DEADLINE_S) -> None:
         """An event that expect() named. Raises QmpFault."""
@@ -109,11 +114,11 @@ class Qmp:
         with contextlib.suppress(asyncio.CancelledError):
             await self._receiving
         self._socket.close()
-        self._fail("it was closed")
+        self._fail(QmpEnded("it was closed"))
 
     async def _ask(self, command: str, arguments: Message, fds: Sequence[int]) -> Any:
         if self._fault:
-            raise QmpFault(self._fault)
+            raise _copy(self._fault)
         self._last = next(self._numbers)
         answer = self._answers[self._last] = _future()
         try:
@@ -121,7 +126,7 @@ class Qmp:
             socket.send_fds(self._socket, [encode(self._last, command, arguments)], fds)
             return await answer
         except OSError as e:
-            raise QmpFault(f"{command} was not sent: {e}") from None
+            raise QmpEnded(f"{command} was not sent: {e}") from None
         finally:
             self._answers.pop(self._last, None)
 
@@ -131,9 +136,11 @@ class Qmp:
             while data := await loop.sock_recv(self._socket, 1 << 16):
                 for line in lines.feed(data):
                     self._accept(decode(line))
-            self._fail("it has ended")
-        except (QmpFault, OSError) as e:
-            self._fail(str(e))
+            self._fail(QmpEnded("QEMU ended"))
+        except OSError as e:
+            self._fail(QmpEnded(f"QEMU ended: {e}"))
+        except QmpFault as e:
+            self._fail(e)
 
     def _accept(self, message: Message) -> None:
         event = "QMP" if "QMP" in message else message.get("event")
@@ -152,11 +159,16 @@ class Qmp:
         else:
             answer.set_result(message["return"])
 
-    def _fail(self, why: str) -> None:
-        self._fault = self._fault or f"QEMU's monitor: {why}"
+    def _fail(self, fault: QmpFault) -> None:
+        self._fault = self._fault or fault
         for future in (*self._answers.values(), *self._events.values()):
             if not future.done():
-                future.set_exception(QmpFault(self._fault))
+                future.set_exception(_copy(self._fault))
+
+
+def _copy(fault: QmpFault) -> QmpFault:
+    """For each who waits: a traceback grows with whoever raises it."""
+    return type(fault)(*fault.args)
 
 
 def _future() -> asyncio.Future[Any]:
