@@ -29,7 +29,7 @@ from fumehood.runtime.microvm.qmp import Qmp, QmpEnded, QmpFault
 
 _LAST_WORDS_S = 10.0
 _ASK_AGAIN_S, _HANG_UP_S = 5.0, 0.05
-_MIGRATION_S, _LOOK_AGAIN_S = 300.0, 0.003
+_MIGRATION_S, _CANCEL_S, _LOOK_AGAIN_S = 300.0, 10.0, 0.003
 _UNLIMITED_BPS = 1 << 40  # QEMU's own limit is 128 MiB/s
 _FULL_BYTES = 1 << 20  # a disk with less is full
 _MIGRATED = ("completed", "failed", "cancelled")
@@ -44,14 +44,8 @@ class QemuMachine:
         self, spec: MachineSpec, place: Place, monitor: Monitor, qmp: Qmp, template: Copier, undo: AsyncExitStack
     ) -> None:
         self.pid = monitor.pid
-        self._spec, self._place, self._monitor, self._qmp, self._template, self._undo = (
-            spec,
-            place,
-            monitor,
-            qmp,
-            template,
-            undo,
-        )
+        self._spec, self._place, self._monitor, self._qmp = spec, place, monitor, qmp
+        self._template, self._undo = template, undo
         self._left = False  # it was migrated from, and stands since
 
     @property
@@ -113,9 +107,10 @@ class QemuMachine:
         try:
             status = await self._migrated()
         except BaseException:  # the machine is to go on
-            with contextlib.suppress(SetupFailed):
-                await self._told("migrate_cancel")
-                await self._migrated()
+            with contextlib.suppress(SetupFailed, TimeoutError):
+                async with asyncio.timeout(_CANCEL_S):
+                    await self._told("migrate_cancel")
+                    await self._migrated()
             raise
         if status.get("status") != "completed":
             reason = status.get("error-desc")
@@ -153,7 +148,12 @@ class QemuMachine:
             theirs.close()
             await self._come_back()
             self._left = True
-            await self.migrate(ours.fileno(), with_memory=True)
+            try:
+                await self.migrate(ours.fileno(), with_memory=True)
+            except SetupFailed:
+                ours.close()
+                await template.loaded()  # raises with its last words, if it was it that ended
+                raise
             ours.close()
             await template.loaded()
             await template.migrate(state, with_memory=False)
