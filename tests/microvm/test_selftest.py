@@ -34,7 +34,7 @@ def config(cached: Assets, image: Find, firecracker: Path) -> Iterator[Config]:
         state, run = Path(name, "s"), Path(name, "r")
         state.mkdir(mode=0o700)
         run.mkdir(mode=0o700)
-        config = Config(state, run, firecracker=str(firecracker), microvm_boot_timeout_s=600.0)
+        config = Config(state, run, firecracker=str(firecracker), microvm_boot_timeout_s=300.0)
         take(config, cached.load("images", "python"))
         yield config
         left = [p for p in (state / "microvm/machines").iterdir()] if (state / "microvm/machines").exists() else []
