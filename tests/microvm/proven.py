@@ -19,7 +19,7 @@ MEMORY = {"memory_bytes": 128 << 20}  # of each sandbox here: the smallest machi
 _COMMAND = [sys.executable, "-c", "from fumehood.cli import main; main()"]
 
 
-def environment(assets: Path, tier: str = "qemu") -> dict[str, str]:
+def environment(assets: Path, tier: str = "qemu", **settings: str) -> dict[str, str]:
     """Settings as variables. `assets` is the state directory that has the kernels and images."""
     home = assets / "sdk"
     home.mkdir(exist_ok=True)
@@ -28,7 +28,8 @@ def environment(assets: Path, tier: str = "qemu") -> dict[str, str]:
     for kind in ("kernels", "images"):
         if not (link := home / "state/microvm" / kind).is_symlink():
             link.symlink_to(assets / "microvm" / kind)
-    env = {"FUMEHOOD_STATE_DIR": str(home / "state"), "FUMEHOOD_RUN_DIR": str(home / "run")}
+    settings = {"FUMEHOOD_AGENT_TIMEOUT_S": "60", **settings}  # emulated guests, on a machine that runs other tests too
+    env = {"FUMEHOOD_STATE_DIR": str(home / "state"), "FUMEHOOD_RUN_DIR": str(home / "run"), **settings}
     config = Config.load(env)
     if not (proof := Proof.load(config, tier)).proven:
         proof = asyncio.run(prove(config, tier))
