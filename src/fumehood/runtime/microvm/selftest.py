@@ -36,7 +36,7 @@ Step = Callable[[str, int, int], None]
 # In this order. `pvm` turns protections of its kernel off, so it has its turn when the others did not come up.
 KERNELS = {"firecracker": ("small", "stock", "pvm"), "qemu": ("small", "stock")}
 _INSTALL = {
-    "firecracker": "install Firecracker 1.14.4 or later with its jailer from its own release, on PATH or as the setting firecracker",
+    "firecracker": "install Firecracker 1.14.4 or later and its jailer from its own release, on PATH or as a setting",
     "qemu": "apt-get install --no-install-recommends qemu-system-x86",
 }
 _MEMORY_BYTES = 256 * MIB
