@@ -22,7 +22,7 @@ from typing import Any
 
 from fumehood.agent import wire
 from fumehood.errors import CapacityExceeded, SandboxGone, SetupFailed
-from fumehood.runtime.microvm import serial
+from fumehood.runtime.microvm import serial, sparse
 from fumehood.runtime.microvm.machine import CHANNEL, MEMORY, STATE, MachineSpec, Place
 from fumehood.runtime.microvm.process import Monitor
 from fumehood.runtime.microvm.qmp import Qmp, QmpEnded, QmpFault
@@ -133,6 +133,7 @@ class QemuMachine:
             os.ftruncate(memory, self._spec.memory_bytes)
             async with asyncio.timeout(_MIGRATION_S):
                 await self._copy(directory, state)
+            await asyncio.to_thread(_forget_holes, memory)
 
     async def _copy(self, directory: Path, state: int) -> None:
         async with AsyncExitStack() as undo:
@@ -186,6 +187,15 @@ async def failed(monitor: Monitor, what: str, fault: QmpFault) -> SetupFailed:
             async with asyncio.timeout(_LAST_WORDS_S):
                 await monitor.ended()
     return monitor.failed(f"{what}: {fault}")
+
+
+def _forget_holes(memory: int) -> None:
+    """The template has looked at them: they fill the page cache at the machine's expense, and nobody will read them again."""
+    position = 0
+    for start, end in (*sparse.extents(memory), (os.fstat(memory).st_size,) * 2):
+        if start > position:
+            os.posix_fadvise(memory, position, start - position, os.POSIX_FADV_DONTNEED)
+        position = end
 
 
 @contextlib.contextmanager
