@@ -255,6 +255,20 @@ async def test_a_channel_that_was_exchanged_is_not_taken_for_the_agent_s(vmm: Qe
             await other.wait_closed()
 
 
+async def test_a_machine_that_was_closed_is_gone_to_all_who_ask(vmm: Qemu, golden: Booted, scratch: Path) -> None:
+    """As when somebody freezes a sandbox that another is just removing."""
+    with vms.place(scratch, UID) as where:
+        machine = await vmm.restore(*golden, where)
+        await machine.aclose()
+        await machine.aclose()
+        assert machine.pidfd == -1
+        (scratch / "copy").mkdir(0o700)
+        for asked in (machine.connect(), machine.pause(), machine.resume(), machine.snapshot(scratch / "copy")):
+            with pytest.raises(SandboxGone):
+                await asked
+        assert not list((scratch / "copy").iterdir())
+
+
 async def test_a_guest_that_panics_is_gone_with_its_last_words(vmm: Qemu, small: MachineSpec, scratch: Path) -> None:
     nothing = scratch / "nothing"
     nothing.write_bytes(bytes(MIB))
