@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
+import service_home
 
 from fumehood.errors import (
     CapacityExceeded,
@@ -30,8 +31,6 @@ from fumehood.lease import Lease
 from fumehood.model import MIB, CodeRequest, SandboxState
 from fumehood.records import KeyLimits
 from fumehood.runtime.microvm.assets import Assets
-from fumehood.runtime.microvm.proof import Proof
-from fumehood.runtime.microvm.selftest import prove
 from fumehood.service import CreateAsk, Service
 from fumehood.store import Store
 from service.opened import ME, OTHER, config, held, until
@@ -43,25 +42,8 @@ Open = Callable[..., contextlib.AbstractAsyncContextManager[Service]]
 
 @pytest.fixture(scope="module")
 def home(cached: Assets, image: Callable[[str], Any]) -> Path:
-    """Of these tests alone, kept between runs for its golden snapshots: whoever serves a state directory has it to itself."""
     image("python")
-    assets = cached.directory("images", "python").parents[1]
-    home = assets.parent / "service"
-    (home / "state/microvm").mkdir(mode=0o700, parents=True, exist_ok=True)
-    for kind in ("kernels", "images"):
-        if not (link := home / "state/microvm" / kind).is_symlink():
-            link.symlink_to(assets / kind)
-    for left in (home / "state").glob("store.db*"):
-        left.unlink()
-    for left in (home / "state/microvm").glob("snapshots/live-*"):
-        for file in left.iterdir():
-            file.unlink()
-        left.rmdir()
-    made = config(home, "qemu")
-    if not (proof := Proof.load(made, "qemu")).proven:
-        proof = asyncio.run(prove(made, "qemu"))
-    assert proof.proven, proof.reason
-    return home
+    return service_home.made(cached, "qemu")
 
 
 @pytest.fixture
