@@ -210,8 +210,16 @@ def test_forks_share_no_random_number_id_or_name_h20(box: Sandbox) -> None:
     seen = [json.loads(result.stdout) for result in said]
     for fork in forks:
         fork.close()
-    equal = {name for name in seen[0] if len({each[name] for each in seen}) < len(seen)}
+    equal = {name for name in seen[0] if name != "hostname" and len({each[name] for each in seen}) < len(seen)}
     assert not equal, (equal, seen)
+
+
+def test_forks_have_host_names_of_their_own_h20(box: Sandbox) -> None:
+    said = [box.exec("hostname; cat /etc/hostname").stdout.split()]
+    for fork in box.fork(1):
+        with fork:
+            said.append(fork.exec("hostname; cat /etc/hostname").stdout.split())
+    assert all(name == file for name, file in said) and len({name for name, _ in said}) == 2
 
 
 def test_clones_know_the_time_and_not_that_of_the_snapshot_h20(where: Where, box: Sandbox, kept: list[str]) -> None:
