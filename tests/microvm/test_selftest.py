@@ -34,7 +34,7 @@ def config(cached: Assets, image: Find, firecracker: Path) -> Iterator[Config]:
         state, run = Path(name, "s"), Path(name, "r")
         state.mkdir(mode=0o700)
         run.mkdir(mode=0o700)
-        config = Config(state, run, firecracker=str(firecracker), microvm_boot_timeout_s=300.0)
+        config = Config(state, run, firecracker=str(firecracker), microvm_boot_timeout_s=900.0)
         take(config, cached.load("images", "python"))
         yield config
         left = [p for p in (state / "microvm/machines").iterdir()] if (state / "microvm/machines").exists() else []
@@ -137,6 +137,13 @@ async def test_without_any_kernel_or_image_it_says_how_to_make_them(config: Conf
     assert not proof.proven and "has not been made here" in proof.reason
     proof = await prove(config, "qemu", image="data-analysis")
     assert not proof.proven and "'data-analysis'" in proof.reason
+
+
+async def test_an_image_with_another_agent_proves_nothing(config: Config, cached: Assets, kernel: Find) -> None:
+    take(config, kernel("stock"))
+    take(config, cached.load("images", "python"), agent="another")
+    proof = await prove(config, "qemu")
+    assert not proof.proven and "another version" in proof.reason and "image build python" in proof.reason
 
 
 def cli(config: Config, *words: str) -> subprocess.CompletedProcess[str]:

@@ -25,7 +25,7 @@ from fumehood.runtime.microvm import kvm
 from fumehood.runtime.microvm.assets import Assets, Manifest
 from fumehood.runtime.microvm.boot import boot_args, kernel_file
 from fumehood.runtime.microvm.firecracker import Firecracker
-from fumehood.runtime.microvm.image import ROOTFS
+from fumehood.runtime.microvm.image import ROOTFS, agent_digest
 from fumehood.runtime.microvm.kernel import INITRD
 from fumehood.runtime.microvm.machine import Machine, MachineSpec, Place, Vmm
 from fumehood.runtime.microvm.places import Places
@@ -87,7 +87,7 @@ async def prove(
 async def _found(config: Config, tier: str, step: Step, image_name: str, kernels: Sequence[str]) -> Proof:
     try:
         version = await monitor(config, tier).version()
-        image = await asyncio.to_thread(Assets(config.state_dir).load, "images", image_name)
+        image = await asyncio.to_thread(_current, Assets(config.state_dir), image_name)
         attempts = await asyncio.to_thread(_attempts, config, tier, kernels)
     except (ProtectionUnavailable, SetupFailed) as e:
         return Proof(tier, reason=str(e))
@@ -123,6 +123,15 @@ def _patience_s(config: Config) -> float:
     slower = max(1.0, config.microvm_boot_timeout_s / _USUAL_TIMEOUT_S)
     busy = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
     return min(config.microvm_boot_timeout_s, _BOOT_S * slower * busy)
+
+
+def _current(assets: Assets, image: str) -> Manifest:
+    """Raises SetupFailed, also for one whose agent is another version's."""
+    found = assets.load("images", image)
+    if found.facts.get("agent") != agent_digest():
+        cause = "its agent is not this version's; run: fumehood image build " + image
+        raise SetupFailed(f"the image {image!r} is of another version", cause=cause)
+    return found
 
 
 def _built(assets: Assets, kernels: Sequence[str]) -> list[Manifest]:
