@@ -59,7 +59,7 @@ class Zygote:
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 cwd=cwd,
-                env={"PATH": os.environ["PATH"], "HOME": "/nonexistent", "MPLCONFIGDIR": _font_cache(), **(env or {})},
+                env={**_environment(), **(env or {})},
             )
 
     def session(self, cwd: Path, language: str = "python") -> Client:
@@ -77,6 +77,12 @@ class Zygote:
     def close(self) -> None:
         self.channel.close()
         self.process.wait(DEADLINE_S)
+
+
+def _environment() -> dict[str, str]:
+    """With the package that these tests have imported, not the one that is installed."""
+    package = str(Path(wire.__file__).parents[2])
+    return {"PATH": os.environ["PATH"], "HOME": "/nonexistent", "PYTHONPATH": package, "MPLCONFIGDIR": _font_cache()}
 
 
 def _font_cache() -> str:
@@ -172,7 +178,9 @@ class Client:
 
     def fork(self, verb: str) -> Client:
         """checkpoint or wake: the new process, which shares our pipes."""
-        answer = self.request({"verb": verb})
+        return self.adopted(self.request({"verb": verb}))
+
+    def adopted(self, answer: Answer) -> Client:
         (fd,) = answer.fds
         return Client(answer.end["ok"]["pid"], socket.socket(fileno=fd), os.dup(self.out), os.dup(self.err))
 

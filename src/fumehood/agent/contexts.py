@@ -144,13 +144,19 @@ class Contexts:
             stream, job = context.queue.popleft()
             with stream.answering():
                 yield from job
+            if link := context.link:
+                yield from link.settle()
+                if context.link is link and link.doomed:  # else a restart was faster
+                    self._bury(context)
         context.working = False
 
     def _run(self, stream: Stream, context: Context, code: str, env: Mapping[str, str]) -> Task:
+        earlier = context.link
         link = self.awake(context)
         before = changes.scan(self._home)
         request = {"verb": "run", "code": code, "env": dict(env)}
-        yield from link.drain()  # what threads and orphans of earlier runs wrote is no part of this one (H16)
+        if link is earlier:  # what a new one says may be the reason why it dies of this run
+            yield from link.drain()  # what threads and orphans of earlier runs wrote is no part of this one (H16)
         reply: Reply = yield link.call(request, Follower(stream.data, stream.event))
         yield from link.drain()
         if reply.error:
@@ -217,7 +223,7 @@ class Contexts:
     # -- session processes
     def awake(self, context: Context) -> Link:
         """The context's session, forked now if there is none. Raises OSError (EAGAIN: pids limit)."""
-        if context.link and not context.link.alive:
+        if context.link and context.link.doomed:
             self._bury(context)
         if context.link is None:
             context.link = self._fork(context)

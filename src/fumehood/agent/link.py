@@ -24,6 +24,7 @@ from .process import ending
 RECV_BYTES = 1 << 16
 MAX_DESCRIPTORS = 4
 _TURNS = 19  # of patience more, on a machine that is too busy to let a session stop
+SETTLE_GRACE_S = 2.0  # to answer when nothing runs: only one that stopped itself, or whose threads keep it from it, takes long
 REAP_GRACE_S = 1.0  # an orphan becomes our child and is reaped at once; who claimed a stranger's pid is not waited for
 DONT_WAIT = socket.MSG_DONTWAIT  # not O_NONBLOCK: who sent us a socket may keep a copy and clear the shared flag
 EVENT_TYPES = ("count", "result", "error")  # tuples: `in` a set would hash what user code sent, and lists have no hash
@@ -54,6 +55,7 @@ class Link:
         self.pid, self._children, self._loop, self._control = pid, children, loop, control
         self._exited = children.setdefault(pid, Later(loop))  # resolves to a wait status
         self.alive, self._deaf = True, False
+        self._signalled = False  # a SIGINT was sent that may still be on its way
         self.follower: Follower | None = None
         self._outputs = [Output(loop, fd, wire.STDOUT + i, self._data) for i, fd in enumerate(outputs)]
         self._decoder, self._pending = wire.Decoder(), b""
@@ -89,23 +91,42 @@ class Link:
     def busy(self) -> bool:
         return not self._call.done
 
+    @property
+    def doomed(self) -> bool:
+        """No request may be sent to it any more, though its death was not seen yet."""
+        return not self.alive or self._deaf or bool(self._reason)
+
     def interrupt(self, grace_s: float, reason: str) -> None:
         """SIGINT to the session itself; SIGKILL to its group if the request is not answered within grace_s."""
         if self.busy and not self._exited.done:
             with contextlib.suppress(ProcessLookupError):  # a woken twin may be reaped by another than us
                 os.kill(self.pid, signal.SIGINT)
+                self._signalled = True
             self._wait_on(grace_s, self._call, reason, _TURNS)
 
-    def _wait_on(self, grace_s: float, call: Later, reason: str, turns: int) -> None:
-        waited_s = _waited_s(self.pid)
-        self._loop.later(grace_s, lambda: self._lose_patience(grace_s, call, reason, turns, waited_s))
+    def settle(self) -> Task:
+        """A SIGINT can cross the END of its run. Then the session may get to it only when the next request is there, and take
+        it for that one's; after the answer to this it has come to it.
+        """
+        while self._signalled:
+            self._signalled = False
+            call = self.call({"verb": "settle"})
+            self._wait_on(SETTLE_GRACE_S, call, "did not settle", _TURNS)
+            yield call
 
-    def _lose_patience(self, grace_s: float, call: Later, reason: str, turns: int, waited_s: float) -> None:
+    def _wait_on(self, grace_s: float, call: Later, reason: str, turns: int) -> None:
+        ran_s = _ran_s(self.pid)[0]
+        self._loop.later(grace_s, lambda: self._lose_patience(grace_s, call, reason, turns, ran_s))
+
+    def _lose_patience(self, grace_s: float, call: Later, reason: str, turns: int, ran_s: float) -> None:
+        if not (call.done or self._loop.full) and self.alive and not self._deaf and self._readable_now():
+            self._readable()  # the timer rang late, because we got no processor, and its END is there
         if call.done or not self.alive:
             return
+        now_s, is_waiting = _ran_s(self.pid)
         if self._loop.full:  # we, not the session, are the slow one: its END may be waiting in the socket
             self._wait_on(grace_s, call, reason, turns)
-        elif turns and _waited_s(self.pid) - waited_s > grace_s / 2:  # it would have stopped, and no processor was free
+        elif turns and is_waiting and now_s - ran_s < grace_s / 2:  # it would have stopped, and no processor was free
             self._wait_on(grace_s, call, reason, turns - 1)
         else:
             self.kill(reason)
@@ -243,8 +264,12 @@ def _kill_group(pid: int) -> None:
             kill(pid, signal.SIGKILL)
 
 
-def _waited_s(pid: int) -> float:
-    """How long it was ready to run and did not; 0.0 where the kernel does not say (CONFIG_SCHED_INFO)."""
-    with contextlib.suppress(OSError, IndexError, ValueError), open(f"/proc/{pid}/schedstat") as file:
-        return int(file.read().split()[1]) / 1e9
-    return 0.0
+def _ran_s(pid: int) -> tuple[float, bool]:
+    """How long its main thread had a processor, and whether it wants one now, or waits for the kernel (proc(5), stat).
+
+    Not what schedstat says of its waiting: that has a wait only once it is over, and the first may be longer than any grace.
+    """
+    with contextlib.suppress(OSError, IndexError, ValueError), open(f"/proc/{pid}/task/{pid}/stat") as file:
+        fields = file.read().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"), fields[0] in "RD"
+    return 0.0, False

@@ -125,11 +125,10 @@ class Shell(InteractiveShell):
             return None  # Notebook.run speaks about it
         if isinstance(value, asyncio.CancelledError) and self.owner.loop.interrupted:
             value = KeyboardInterrupt().with_traceback(tb)
-        if isinstance(value, BaseExceptionGroup):
+        # IPython's own form parses the file of every frame, which in a large library takes longer than who interrupts waits.
+        if isinstance(value, (BaseExceptionGroup, KeyboardInterrupt)):
             tb = user_frames(tb, _IPYTHON)
             return self._showtraceback(type(value), value, traceback.format_exception(type(value), value, tb))
-        if isinstance(value, KeyboardInterrupt):
-            tb = user_frames(tb)
         return super().showtraceback((type(value), value, tb), *args, **kwargs)
 
     def _showtraceback(self, etype: object, evalue: BaseException, stb: list[str]) -> None:

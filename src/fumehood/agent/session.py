@@ -1,9 +1,10 @@
 """One context's process: a loop over requests from the agent, in a child that the agent forked.
 
 Requests are OPEN frames on the control socket; each is answered by EVENTs and one END on its stream.
-run {"code", "env"}; warm {}; reseed {}; checkpoint {}: a stopped twin of this process, whose control socket rides on the END;
-and, to a twin, wake {}: a live copy of it, whose control socket rides on the END. Both say the new process's {"pid"}. A twin
-and its copies are orphans on purpose, so that they become children of the agent, which is PID 1 or a subreaper: it reaps them.
+run {"code", "env"}; warm {}; reseed {}; settle {}; checkpoint {}: a stopped twin of this process, whose control socket rides
+on the END; and, to a twin, wake {}: a live copy of it, whose control socket rides on the END. Both say the new process's
+{"pid"}. A twin and its copies are orphans on purpose, so that they become children of the agent, which is PID 1 or a
+subreaper: it reaps them.
 Threads, child processes and running asyncio tasks are not in a checkpoint. A closed control socket ends the process.
 """
 
@@ -114,7 +115,13 @@ class Session:
     def _answer(self, stream: int, request: dict[str, Any]) -> None:
         self._stream = stream
         try:
-            live = {"run": self._run, "checkpoint": self._fork, "warm": self._warm, "reseed": self._reseed}
+            live = {
+                "run": self._run,
+                "checkpoint": self._fork,
+                "warm": self._warm,
+                "reseed": self._reseed,
+                "settle": self._settle,
+            }
             verbs = {"wake": self._fork} if self._twin else live
             verb = verbs.get(str(request.get("verb")))
             if verb is None:
@@ -156,6 +163,11 @@ class Session:
         for name in ("random", "numpy.random"):
             with contextlib.suppress(Exception):  # user code may have put anything there
                 sys.modules[name].seed()
+        self._end({"ok": {}})
+
+    def _settle(self, _request: dict[str, Any]) -> None:
+        """A SIGINT sent before this request is handled in here at the latest, and owed to no later run: END forgets it."""
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # user code may have blocked it; runs the handler
         self._end({"ok": {}})
 
     def _on_sigint(self, _number: int, _frame: object) -> None:
@@ -215,6 +227,7 @@ class Session:
         os.setsid()  # the agent kills a session by its group
         self._control.close()
         self._attach(control)
+        self._interrupt_owed = False  # of the request that made this copy, not of the copy's first run
         self._twin = not self._twin
         if isinstance(self._executor, python.Python):
             self._executor.loop.forget()

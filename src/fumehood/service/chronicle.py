@@ -1,9 +1,10 @@
-"""What happened, told to whoever listens and kept in the store; what is too old is forgotten there."""
+"""What happened, told to whoever listens and kept in the store; what is too old is forgotten, what was freed given back."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import logging
 import time
 from typing import Any, Self
@@ -74,3 +75,14 @@ class Chronicle:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_PRUNE_EVERY_S):
                     await self._full.wait()
+                    continue
+            _give_back()
+
+
+def _give_back() -> None:
+    """To the kernel, what was freed. glibc keeps every hole that is not at the heap's top: after 8,000 runs 1.6 MiB of them,
+    which no object of ours held. It takes 5 ms for a heap of 30 MiB.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
+    if trim is not None:
+        trim(0)

@@ -19,7 +19,7 @@ from fumehood.store import Store
 from fumehood.supervisor import Supervisor
 
 _log = logging.getLogger("fumehood.service")
-_REMEMBERED = 10_000  # ended ones, of which their tenant is told why they are gone
+_REMEMBERED = 4_000  # ended ones, of which their tenant is told why they are gone: 0.3 KiB each
 
 Note = Callable[[Lease, str, dict[str, Any]], None]
 
