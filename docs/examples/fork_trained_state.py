@@ -79,7 +79,8 @@ def main() -> None:
     parser.add_argument("--tier", choices=("firecracker", "qemu"), required=True)
     parser.add_argument("--template", choices=("python", "data-analysis"), default="python")
     given = parser.parse_args()
-    with Sandbox(tier=given.tier, template=given.template, url="") as box, contextlib.ExitStack() as undo:
+    limits = {"memory_bytes": "256MiB"}  # of each of the nine
+    with Sandbox(tier=given.tier, template=given.template, limits=limits, url="") as box, contextlib.ExitStack() as undo:
         before = number(box.run((WITH_NUMPY if given.template == "data-analysis" else PURE_PYTHON) + "\nloss()"))
         trained = number(box.run("train(0.1, 20); loss()"))
         print(f"trained: the loss went from {before:.4f} to {trained:.4f}")
