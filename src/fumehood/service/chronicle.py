@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import logging
 import time
 from typing import Any, Self
@@ -14,6 +13,7 @@ from fumehood.config import Config
 from fumehood.errors import FumehoodError
 from fumehood.lease import Lease
 from fumehood.records import EventRecord, ExecutionRecord
+from fumehood.runtime.host.heap import give_back
 from fumehood.store import Store
 
 _log = logging.getLogger("fumehood.service")
@@ -76,13 +76,4 @@ class Chronicle:
                 async with asyncio.timeout(_PRUNE_EVERY_S):
                     await self._full.wait()
                     continue
-            _give_back()
-
-
-def _give_back() -> None:
-    """To the kernel, what was freed. glibc keeps every hole that is not at the heap's top: after 8,000 runs 1.6 MiB of them,
-    which no object of ours held. It takes 5 ms for a heap of 30 MiB.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
-    if trim is not None:
-        trim(0)
+            give_back()
