@@ -96,6 +96,9 @@ async def restored(vmm: Firecracker, spec: MachineSpec, snapshot: Path, where: P
     machine = await vmm.restore(spec, snapshot, where)
     try:
         yield machine
+    except Exception as e:
+        e.add_note(machine.said())
+        raise
     finally:
         await machine.aclose()
 

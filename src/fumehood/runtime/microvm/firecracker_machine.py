@@ -20,7 +20,7 @@ from fumehood.runtime.microvm.process import Monitor
 
 AGENT_PORT = 1024
 _SAVE_S = 300.0  # a guest's whole memory to a slow disk, with fsync
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.001, 0.1  # between two attempts to connect: each costs a guest that boots some work
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.001, 0.2  # between two attempts to connect: each costs a guest that boots some work
 _LINE_BYTES = 32
 _FULL_DISK = ("No space left on device", "Quota exceeded")  # the second is EDQUOT in musl's words
 _T = TypeVar("_T")
