@@ -133,6 +133,7 @@ LONGER: Mapping[str, str] = {
     "service/__init__.py": "the whole face of the service, method by method, over the modules beside it",
     "client/sandbox.py": "the same API twice, async and sync, method by method",
     "client/files.py": "the same API twice, async and sync, over one set of functions",
+    "agent/link.py": "one class: a session's requests, interrupts and death are one state",
     "agent/loop.py": "one selector loop and the three nouns that only it and its callers share",
     "agent/contexts.py": "one class: the life of a context, whose states are told from each other by all of its methods",
     "agent/python.py": "both executors and the preload that warms them",

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, cast
 from . import wire
 from .loop import Later, Loop, Task
 from .pipes import Output
-from .process import ending
+from .process import ending, kill_group, ran_s
 
 RECV_BYTES = 1 << 16
 MAX_DESCRIPTORS = 4
@@ -115,18 +115,18 @@ class Link:
             yield call
 
     def _wait_on(self, grace_s: float, call: Later, reason: str, turns: int) -> None:
-        ran_s = _ran_s(self.pid)[0]
-        self._loop.later(grace_s, lambda: self._lose_patience(grace_s, call, reason, turns, ran_s))
+        at_s = ran_s(self.pid)[0]
+        self._loop.later(grace_s, lambda: self._lose_patience(grace_s, call, reason, turns, at_s))
 
-    def _lose_patience(self, grace_s: float, call: Later, reason: str, turns: int, ran_s: float) -> None:
+    def _lose_patience(self, grace_s: float, call: Later, reason: str, turns: int, at_s: float) -> None:
         if not (call.done or self._loop.full) and self.alive and not self._deaf and self._readable_now():
             self._readable()  # the timer rang late, because we got no processor, and its END is there
         if call.done or not self.alive:
             return
-        now_s, is_waiting = _ran_s(self.pid)
+        now_s, is_waiting = ran_s(self.pid)
         if self._loop.full:  # we, not the session, are the slow one: its END may be waiting in the socket
             self._wait_on(grace_s, call, reason, turns)
-        elif turns and is_waiting and now_s - ran_s < grace_s / 2:  # it would have stopped, and no processor was free
+        elif turns and is_waiting and now_s - at_s < grace_s / 2:  # it would have stopped, and no processor was free
             self._wait_on(grace_s, call, reason, turns - 1)
         else:
             self.kill(reason)
@@ -134,7 +134,7 @@ class Link:
     def kill(self, reason: str) -> None:
         if self.alive and not self._exited.done:  # reaped means that its pid may be another's
             self._reason = self._reason or reason
-            _kill_group(self.pid)
+            kill_group(self.pid)
 
     def duplicate_outputs(self) -> tuple[int, int]:
         """The same pipes for a twin of the session, which writes to them too once it is woken."""
@@ -255,21 +255,3 @@ class Link:
         self._died()
         for output in self._outputs:
             output.close()
-
-
-def _kill_group(pid: int) -> None:
-    """setsid() made the session the leader of its group; a twin leads its own."""
-    for kill in (os.killpg, os.kill):
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            kill(pid, signal.SIGKILL)
-
-
-def _ran_s(pid: int) -> tuple[float, bool]:
-    """How long its main thread had a processor, and whether it wants one now, or waits for the kernel (proc(5), stat).
-
-    Not what schedstat says of its waiting: that has a wait only once it is over, and the first may be longer than any grace.
-    """
-    with contextlib.suppress(OSError, IndexError, ValueError), open(f"/proc/{pid}/task/{pid}/stat") as file:
-        fields = file.read().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"), fields[0] in "RD"
-    return 0.0, False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -227,3 +228,21 @@ def _explain(report: str, process: Process) -> Refused:
     if stage == "execve":
         return Refused("not_found" if name == "ENOENT" else "invalid", f"{process.argv[0]!r}: {reason}", name)
     return Refused("internal", f"nothing was run, the child failed at {stage}: {reason}", name)
+
+
+def kill_group(pid: int) -> None:
+    """setsid() made the session the leader of its group; a twin leads its own."""
+    for kill in (os.killpg, os.kill):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            kill(pid, signal.SIGKILL)
+
+
+def ran_s(pid: int) -> tuple[float, bool]:
+    """How long its main thread had a processor, and whether it wants one now, or waits for the kernel (proc(5), stat).
+
+    Not what schedstat says of its waiting: that has a wait only once it is over, and the first may be longer than any grace.
+    """
+    with contextlib.suppress(OSError, IndexError, ValueError), open(f"/proc/{pid}/task/{pid}/stat") as file:
+        fields = file.read().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"), fields[0] in "RD"
+    return 0.0, False

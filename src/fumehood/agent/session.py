@@ -20,9 +20,10 @@ import sys
 import threading
 import traceback
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn, Protocol, cast
+from typing import Any, NoReturn, Protocol
 
 from . import child, python, shells, wire
+from .asked import Refused, code_and_env
 from .streams import open_streams
 
 
@@ -33,14 +34,6 @@ class Executor(Protocol):
     @property
     def execution_count(self) -> int: ...
     def run(self, code: str, env: Mapping[str, str]) -> dict[str, Any]: ...
-
-
-class Refused(Exception):
-    """A request that can't be done: becomes END {"error": {"code", "message"}}."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
 
 
 def languages() -> list[str]:
@@ -131,7 +124,7 @@ class Session:
             self._end({"error": {"code": e.code, "message": str(e)}})
 
     def _run(self, request: dict[str, Any]) -> None:
-        code, env = _code_and_env(request)
+        code, env = code_and_env(request)
         count = self._executor.execution_count
         self._interrupted = False
         try:
@@ -232,22 +225,6 @@ class Session:
         if isinstance(self._executor, python.Python):
             self._executor.loop.forget()
         self.serve()
-
-
-def _code_and_env(request: dict[str, Any]) -> tuple[str, dict[str, str]]:
-    code, env = request.get("code"), request.get("env", {})
-    if not isinstance(code, str):
-        raise Refused("invalid", "code must be a string")
-    if not isinstance(env, dict):
-        raise Refused("invalid", "env must be an object")
-    for name, value in cast(dict[str, Any], env).items():
-        if not name or "=" in name or "\0" in name or not isinstance(value, str) or "\0" in value:
-            raise Refused("invalid", f"env {name!r} is not a name with a string")
-        try:
-            os.fsencode(name + value)
-        except UnicodeEncodeError:  # os.environ would raise it, and the session would end of it
-            raise Refused("invalid", f"env {name!r} holds half a surrogate pair") from None
-    return code, cast(dict[str, str], env)
 
 
 def _flush() -> None:
