@@ -15,6 +15,7 @@ from fumehood.config import Config
 from fumehood.lease import Lease
 from fumehood.records import Caller
 from fumehood.service import Service
+from http_server import clean_env
 
 PATIENCE_S = 10.0
 USER = frozenset({"sandboxes"})
@@ -25,7 +26,7 @@ def config(home: Path, tier: str, **settings: Any) -> Config:
     for name in ("state", "run"):
         (home / name).mkdir(mode=0o700, exist_ok=True)
     chosen: dict[str, Any] = {"tier": tier, "pool_policies": "", **settings}
-    return replace(Config.load(), state_dir=home / "state", run_dir=home / "run", **chosen)
+    return replace(Config.load(clean_env()), state_dir=home / "state", run_dir=home / "run", **chosen)
 
 
 @asynccontextmanager
