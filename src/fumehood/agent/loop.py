@@ -75,6 +75,11 @@ class Later:
             self._loop.ready.append((self.waiter, value))
 
 
+def _is_over(e: OSError) -> bool:
+    """Whether the host has left. ENOTCONN: over vsock, from a connection that was reset, as all are after a snapshot."""
+    return isinstance(e, ConnectionError) or e.errno == errno.ENOTCONN
+
+
 class Stream:
     """One exchange with the host. Keeps the rule "exactly one END" and drops what comes after CANCEL or END."""
 
@@ -282,7 +287,9 @@ class Loop:
                 del self._out[: self._channel.send(self._out[:RECV_BYTES])]
         except BlockingIOError:
             pass
-        except (BrokenPipeError, ConnectionResetError):
+        except OSError as e:
+            if not _is_over(e):
+                raise
             self._gone()
             return
         if self.full and len(self._out) <= RESUME_BELOW:
@@ -297,7 +304,9 @@ class Loop:
             data = self._channel.recv(RECV_BYTES)
         except BlockingIOError:
             return
-        except ConnectionResetError:
+        except OSError as e:
+            if not _is_over(e):
+                raise
             data = b""
         if not data:
             self._gone()

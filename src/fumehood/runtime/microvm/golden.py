@@ -16,9 +16,10 @@ from fumehood.agent import wire
 from fumehood.config import Config
 from fumehood.errors import SetupFailed, Unsupported
 from fumehood.model import MIB, Limits, SandboxSpec
+from fumehood.runtime.host.accounting import Account
 from fumehood.runtime.link import Link
-from fumehood.runtime.microvm import kvm
 from fumehood.runtime.microvm.assets import Assets, Facts, Manifest
+from fumehood.runtime.microvm.boot import boot_args, kernel_file
 from fumehood.runtime.microvm.image import ROOTFS, agent_digest
 from fumehood.runtime.microvm.machine import Vmm
 from fumehood.runtime.microvm.origin import INITRD, KERNEL, Origin, link, machine_in, of_asset
@@ -28,6 +29,7 @@ FORMAT = 1
 STEP_BYTES = 256 * MIB  # machines come in multiples of it, so that few golden snapshots serve all limits
 RESERVE_BYTES = 64 * MIB  # of a machine's memory, for its kernel and PID 1
 _BOOT = Limits(cpus=4.0)
+_SETTLE_S, _LOOK_S, _IDLE_S = 10.0, 0.3, 0.02  # at most; between two looks; CPU a second of a guest that does nothing
 _INPUTS = ("format", "vmm", "version", "generation", "kernel", "image", "boot_args")
 
 
@@ -62,17 +64,13 @@ class Golden:
 
     async def _facts(self, kernel: Manifest, image: Manifest, spec: SandboxSpec) -> Facts:
         """All that decides what the machine is: equal facts mean the same snapshot."""
-        words = [kernel.facts["boot_args"], f"fumehood.preload={','.join(spec.template.preload)}", "fumehood.prestart=python"]
-        if khz := kvm.tsc_khz():
-            words.append(f"tsc_early_khz={khz}")
-            if kernel.name == "pvm":  # its delay loop can't be calibrated either
-                words.append(f"lpj={khz * 10}")
+        preload = f"fumehood.preload={','.join(spec.template.preload)}"
         return {
             **await self.current(),
             "kernel": kernel.digest,
             "image": image.digest,
             "generation": image.facts["generation"],
-            "boot_args": " ".join(words),
+            "boot_args": boot_args(kernel, preload, "fumehood.prestart=python"),
             "memory_bytes": machine_bytes(spec.limits.memory_bytes),
         }
 
@@ -95,7 +93,7 @@ class Golden:
 
     async def _made(self, name: str, kernel: Manifest, image: Manifest, facts: Facts) -> Manifest:
         loop = asyncio.get_running_loop()
-        files = {ROOTFS: image.path(ROOTFS), KERNEL: _kernel_file(kernel, self._vmm)}
+        files = {ROOTFS: image.path(ROOTFS), KERNEL: kernel_file(kernel, self._vmm.name)}
         files |= {INITRD: kernel.path(INITRD)} if INITRD in kernel.files else {}
 
         def make(directory: Path) -> Facts:
@@ -127,9 +125,10 @@ class Golden:
                 async with asyncio.timeout(self._config.microvm_boot_timeout_s):
                     link = Link(*await machine.connect())
                     await link.start(self._config.microvm_boot_timeout_s)
-                    await link.call("ping")
+                    await link.call("context.warm", language="python")  # its session is there, and has run a cell
                 boot_s = time.monotonic() - started
                 await link.aclose()
+                await _settled(account)
                 await machine.pause()
                 await machine.snapshot(directory)
                 return boot_s
@@ -148,9 +147,13 @@ def machine_bytes(memory_bytes: int) -> int:
     return -(-(memory_bytes + RESERVE_BYTES) // STEP_BYTES) * STEP_BYTES
 
 
-def _kernel_file(kernel: Manifest, vmm: Vmm) -> Path:
-    return kernel.path("vmlinux" if vmm.name == "firecracker" else "bzImage")
-
-
 def _digest(facts: Facts) -> str:
     return hashlib.sha256(json.dumps(dict(facts), sort_keys=True).encode()).hexdigest()
+
+
+async def _settled(account: Account) -> None:
+    """Until its guest has nothing left to do: whatever it is in the middle of, every clone would do again."""
+    until, before_s = time.monotonic() + _SETTLE_S, -1.0
+    while (now_s := account.reading().usage.cpu_s) - before_s > _IDLE_S * _LOOK_S and time.monotonic() < until:
+        before_s = now_s
+        await asyncio.sleep(_LOOK_S)
