@@ -63,7 +63,7 @@ def _command(kernel: Manifest, root: Path) -> list[str]:
     """Two processors of QEMU's: Linux distrusts their TSCs and counts ticks. So where the host has no time for the machine, its
     clock stands still, and deadlines in it are about its own work.
     """
-    boot_args = f"{kernel.facts['boot_args']} tsc_early_khz={tsc_khz()} mitigations=off"
+    boot_args = f"{kernel.facts['boot_args']} tsc_early_khz={tsc_khz()}"
     command = ["qemu-system-x86_64", "-M", f"microvm,acpi={'on' if kernel.facts['acpi'] else 'off'}", "-cpu", "max"]
     command += ["-accel", "tcg,thread=multi", "-m", str(_MEMORY_MIB), "-smp", str(_CPUS), "-serial", "file:console.log"]
     command += ["-nodefaults", "-no-user-config", "-nographic", "-no-reboot", "-sandbox", "on"]

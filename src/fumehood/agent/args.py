@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from . import files
 from .loop import Refused
@@ -62,7 +62,8 @@ class Args:
     def rules(self) -> dict[str, list[str]]:
         rules = self.get("files", dict, {})
         for name, paths in rules.items():
-            if name not in RULES or not isinstance(paths, list) or not all(isinstance(p, str) and p[:1] == "/" for p in paths):
+            absolute = isinstance(paths, list) and all(str(path)[:1] == "/" for path in cast("list[object]", paths))
+            if name not in RULES or not absolute:
                 raise Refused("invalid", f"'files' must map {', '.join(RULES)} to lists of absolute paths")
         return rules
 

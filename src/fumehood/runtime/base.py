@@ -111,9 +111,7 @@ class Snapshots(Protocol):
         """Kept until discard(). The sandbox stands still meanwhile. Raises Conflict when the id is taken."""
         ...
 
-    async def restore(
-        self, snapshot_id: str, spec: SandboxSpec, sandbox_id: str, on_event: Callable[[Event], None]
-    ) -> Handle:
+    async def restore(self, snapshot_id: str, spec: SandboxSpec, sandbox_id: str, on_event: Callable[[Event], None]) -> Handle:
         """Raises NotFound; SetupFailed for one whose files are damaged, or that another version of the monitor made."""
         ...
 

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from fumehood.config import Config
-from fumehood.errors import CapacityExceeded, Conflict, FumehoodError, NotFound, SetupFailed
+from fumehood.errors import CapacityExceeded, Conflict, NotFound, SetupFailed
 from fumehood.runtime.base import SnapshotFacts
 from fumehood.runtime.microvm.assets import Assets, Facts, Manifest
 from fumehood.runtime.microvm.machine import Machine
@@ -84,7 +84,7 @@ class Copies:
             if isinstance(entry, Manifest):
                 if entry.name.startswith(_LIVE) and entry.facts.get("vmm") == self._kind:
                     found.append(_facts(entry))
-            elif isinstance(entry, FumehoodError) and (name := str(entry.details.get("name"))).startswith(_LIVE):
+            elif (name := str(entry.details.get("name"))).startswith(_LIVE):
                 found.append(SnapshotFacts(name.removeprefix(_LIVE), "", 0.0, 0))
         return found
 

@@ -25,7 +25,7 @@ from fumehood.runtime.microvm.machine import Vmm
 from fumehood.runtime.microvm.origin import INITRD, KERNEL, Origin, link, machine_in, of_asset
 from fumehood.runtime.microvm.places import Places
 
-FORMAT = 1
+FORMAT = 2
 STEP_BYTES = 256 * MIB  # machines come in multiples of it, so that few golden snapshots serve all limits
 RESERVE_BYTES = 64 * MIB  # of a machine's memory, for its kernel and PID 1
 _BOOT = Limits(cpus=4.0)

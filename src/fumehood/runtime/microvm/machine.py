@@ -42,8 +42,12 @@ class Place:
 class Machine(Protocol):
     """One that runs, until aclose(). After each method that raises, aclose() is still to be called."""
 
-    pid: int
-    pidfd: int
+    @property
+    def pid(self) -> int: ...
+    @property
+    def pidfd(self) -> int:
+        """-1 once it is closed."""
+        ...
 
     async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """To the agent; its HELLO is the next thing to be read. Waits for it as long as the machine lives.

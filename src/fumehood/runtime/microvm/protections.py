@@ -43,7 +43,5 @@ def state(layout: Layout, *, rootless: bool, jailed: str) -> tuple[Protection, .
         else Protection("distinct-uid", ENFORCED, "a host uid of its own for each monitor")
     )
     own = {row.name for row in rows}
-    of_host = (
-        cgroup_protections.protections(layout, Limits(), frozenset()) if has_groups(layout) else watchdog.protections()
-    )
+    of_host = cgroup_protections.protections(layout, Limits(), frozenset()) if has_groups(layout) else watchdog.protections()
     return (*rows, *(row for row in of_host if row.name not in own))
