@@ -13,7 +13,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from fumehood import Result, Sandbox
+from fumehood import FumehoodError, Result, Sandbox
 
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 
@@ -112,4 +112,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except FumehoodError as e:
+        raise SystemExit(f"error: {e}\nhelp: {e.remediation}") from None
