@@ -16,6 +16,7 @@ from fumehood.runtime.microvm.assets import Assets, Facts, Manifest
 from fumehood.runtime.microvm.machine import Machine
 from fumehood.runtime.microvm.origin import BASE, Origin, link, of_asset
 from fumehood.runtime.microvm.places import Places
+from fumehood.runtime.microvm.publishing import publish
 
 _LIVE = "live-"  # then the id
 
@@ -32,14 +33,13 @@ class Copies:
         if any(facts.id == snapshot_id for facts in self.all()):
             raise Conflict(f"there is a snapshot {snapshot_id}", remediation="choose another id")
         self._check_budget()
-        loop = asyncio.get_running_loop()
 
-        def make(directory: Path) -> Facts:
-            asyncio.run_coroutine_threadsafe(_copy(machine, origin, directory, paused=paused), loop).result()
+        async def fill(directory: Path) -> Facts:
+            await _copy(machine, origin, directory, paused=paused)
             return {**origin.facts, "sandbox_id": sandbox_id, "created_at": time.time()}
 
         name, need = _LIVE + snapshot_id, origin.facts["memory_bytes"]
-        return _facts(await asyncio.to_thread(self._assets.publish, "snapshots", name, make, need))
+        return _facts(await publish(self._assets, name, fill, need, (origin.source,)))
 
     def _check_budget(self) -> None:
         used = sum(facts.size_bytes for facts in self.all())
@@ -72,7 +72,7 @@ class Copies:
         """A copy for machines that are started in here."""
         directory = self._places.directory / f"f{secrets.token_hex(5)}"
         directory.mkdir(0o700)
-        copied = Origin(directory, origin.facts)
+        copied = Origin(directory, origin.facts, origin.source)
         with copied.held():
             await _copy(machine, origin, directory, paused=paused)
             yield copied

@@ -24,6 +24,7 @@ from fumehood.runtime.microvm.image import ROOTFS, agent_digest
 from fumehood.runtime.microvm.machine import Vmm
 from fumehood.runtime.microvm.origin import INITRD, KERNEL, Origin, link, machine_in, of_asset
 from fumehood.runtime.microvm.places import Places
+from fumehood.runtime.microvm.publishing import publish
 
 FORMAT = 2
 STEP_BYTES = 256 * MIB  # machines come in multiples of it, so that few golden snapshots serve all limits
@@ -92,18 +93,14 @@ class Golden:
         return await asyncio.to_thread(of_asset, found, self._places.directory / name, kept=True)
 
     async def _made(self, name: str, kernel: Manifest, image: Manifest, facts: Facts) -> Manifest:
-        loop = asyncio.get_running_loop()
         files = {ROOTFS: image.path(ROOTFS), KERNEL: kernel_file(kernel, self._vmm.name)}
         files |= {INITRD: kernel.path(INITRD)} if INITRD in kernel.files else {}
 
-        def make(directory: Path) -> Facts:
+        async def fill(directory: Path) -> Facts:
             link(files.items(), directory)
-            boot_s = asyncio.run_coroutine_threadsafe(self._boot(directory, facts), loop).result()
-            return {**facts, "boot_s": round(boot_s, 2)}
+            return {**facts, "boot_s": round(await self._boot(directory, facts), 2)}
 
-        return await asyncio.to_thread(
-            self._assets.publish, "snapshots", name, make, facts["memory_bytes"], known=(kernel, image)
-        )
+        return await publish(self._assets, name, fill, facts["memory_bytes"], (kernel, image))
 
     def _forget_older(self, made: Manifest) -> None:
         """Those of the same kind that no machine starts from any more: their kernel, image or monitor is another now."""

@@ -19,10 +19,11 @@ BASE = (ROOTFS, KERNEL, INITRD)  # what all machines of a kind share; the last i
 
 @dataclass(eq=False)
 class Origin:
-    """`kept`: not removed with the last machine that runs from it."""
+    """`source`: where its BASE files are from, with their digests. `kept`: not removed with the last that runs from it."""
 
     directory: Path
     facts: Facts
+    source: Manifest
     kept: bool = False
     _holders: int = 0
 
@@ -47,7 +48,7 @@ def of_asset(snapshot: Manifest, directory: Path, *, kept: bool = False) -> Orig
         snapshot.path(file)
     directory.mkdir(0o700)
     link({file: snapshot.directory / file for file in snapshot.files}.items(), directory)
-    return Origin(directory, snapshot.facts, kept)
+    return Origin(directory, snapshot.facts, snapshot, kept)
 
 
 def link(files: Iterable[tuple[str, Path]], directory: Path) -> None:
