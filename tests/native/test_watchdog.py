@@ -15,10 +15,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fumehood.errors import NotFound
+from fumehood.errors import NotFound, SetupFailed
 from fumehood.model import MIB, Enforcement, Limits, Usage
 from fumehood.runtime.base import Stats
 from fumehood.runtime.host import watchdog
+from fumehood.runtime.host.accounting import WatchAccount
 from fumehood.runtime.host.cgroup_tree import wait
 from fumehood.runtime.host.watchdog import Watch, verdict
 
@@ -303,3 +304,11 @@ def test_nothing_that_is_only_watched_is_stated_as_enforced() -> None:
     stated = watchdog.protections()
     assert {p.name for p in stated} == {"cpu", "memory", "swap", "pids", "block-io", "freezer"}
     assert all(p.state is not Enforcement.ENFORCED and p.detail and p.fix for p in stated)
+
+
+async def test_a_sandbox_that_ended_while_it_was_set_up_is_a_set_up_that_failed():
+    """Who made it then asks its channel for its last words: a step of the recipe may have failed."""
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    with pytest.raises(SetupFailed):
+        WatchAccount(Limits()).entered(dead.pid)

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from fumehood.config import Config
-from fumehood.errors import SetupFailed
+from fumehood.errors import NotFound, SetupFailed
 from fumehood.model import Limits, Protection, Usage
 from fumehood.runtime.base import Stats
 from fumehood.runtime.host import cgroup, cgroup_layout, watchdog
@@ -70,8 +70,13 @@ class WatchAccount:
         return ()
 
     def entered(self, pid: int) -> None:
-        self._watch = watchdog.Watch(pid, self._limits)
-        self._task = asyncio.create_task(self._guard(os.pidfd_open(pid)))
+        """Raises SetupFailed when it has ended."""
+        try:
+            self._watch = watchdog.Watch(pid, self._limits)
+            pidfd = os.pidfd_open(pid)
+        except (NotFound, ProcessLookupError) as e:
+            raise SetupFailed("the sandbox ended while it was set up", cause=str(e)) from None
+        self._task = asyncio.create_task(self._guard(pidfd))
 
     async def _guard(self, pidfd: int) -> None:
         try:
