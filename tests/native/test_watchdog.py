@@ -306,7 +306,7 @@ def test_nothing_that_is_only_watched_is_stated_as_enforced() -> None:
     assert all(p.state is not Enforcement.ENFORCED and p.detail and p.fix for p in stated)
 
 
-async def test_a_sandbox_that_ended_while_it_was_set_up_is_a_set_up_that_failed():
+def test_a_sandbox_that_ended_while_it_was_set_up_is_a_set_up_that_failed():
     """Who made it then asks its channel for its last words: a step of the recipe may have failed."""
     dead = subprocess.Popen(["true"])
     dead.wait()
