@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import os
 import secrets
 import socket
 import subprocess
@@ -17,9 +15,9 @@ from typing import Any
 
 from fumehood.agent import wire
 from fumehood.runtime.microvm.assets import Manifest
+from fumehood.runtime.microvm.kvm import tsc_khz
 
 PATIENCE_S = 300.0  # a guest kernel that is emulated, on a busy machine
-_KVM_CREATE_VM, _KVM_CREATE_VCPU, _KVM_GET_TSC_KHZ = 0xAE01, 0xAE41, 0xAEA3
 
 
 class Answer:
@@ -133,18 +131,6 @@ def _running(command: list[str], directory: Path, vsock: bool) -> Iterator[Guest
         guest.channel.close()
         process.kill()
         process.wait()
-
-
-def tsc_khz() -> int:
-    """What both kinds of guest count with, and can't find out by themselves under emulation."""
-    with contextlib.ExitStack() as stack:
-        kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
-        stack.callback(os.close, kvm)
-        machine = fcntl.ioctl(kvm, _KVM_CREATE_VM, 0)
-        stack.callback(os.close, machine)
-        cpu = fcntl.ioctl(machine, _KVM_CREATE_VCPU, 0)
-        stack.callback(os.close, cpu)
-        return fcntl.ioctl(cpu, _KVM_GET_TSC_KHZ)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+from fumehood.errors import ProtectionUnavailable
 from fumehood.events import Event
 from fumehood.model import Enforcement, Limits, Protection, SandboxSpec, Usage
 
@@ -126,6 +127,16 @@ class Snapshots(Protocol):
     async def discard(self, snapshot_id: str) -> None:
         """Raises NotFound. Sandboxes that run from it go on."""
         ...
+
+
+def check_required(required: frozenset[str], protections: Sequence[Protection]) -> None:
+    """Raises ProtectionUnavailable unless each is enforced: creation fails closed (H13)."""
+    if lacking := missing(required, protections):
+        raise ProtectionUnavailable(
+            "required protections can't be enforced: " + ", ".join(p.name for p in lacking),
+            cause="; ".join(f"{p.name} is {p.state}: {p.detail}" for p in lacking),
+            remediation="; ".join(p.fix for p in lacking if p.fix) or "see `fumehood doctor`",
+        )
 
 
 def missing(required: frozenset[str], protections: Sequence[Protection]) -> list[Protection]:

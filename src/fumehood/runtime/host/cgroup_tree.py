@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import errno
 import os
-import signal
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 
 from fumehood.errors import CapacityExceeded, InvalidInput, InvalidTransition, SandboxGone, SetupFailed
+from fumehood.runtime.host.pidfd import kill
 
 
 class Directory:
@@ -107,7 +107,7 @@ def signal_all(directory: Directory) -> int:
     pinned = {pid: fd for pid in directory.pids() if (fd := _pin(pid)) >= 0}
     try:
         for pid in directory.pids() & pinned.keys() if pinned else ():
-            _kill(pinned[pid])
+            kill(pinned[pid])
     finally:
         for fd in pinned.values():
             os.close(fd)
@@ -123,13 +123,6 @@ def _pin(pid: int) -> int:
         if e.errno == errno.EINVAL:  # a thread, whose leader is listed as well
             return -1
         raise
-
-
-def _kill(pidfd: int) -> None:
-    try:
-        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-    except ProcessLookupError:
-        return  # it ended first
 
 
 @contextmanager

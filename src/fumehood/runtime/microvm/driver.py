@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import time
 from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
@@ -18,11 +17,12 @@ from typing import Any
 
 from fumehood.agent.args import LIMITS
 from fumehood.config import Config
-from fumehood.errors import InvalidInput, ProtectionUnavailable, Unsupported
+from fumehood.errors import InvalidInput, Unsupported
 from fumehood.events import Event
 from fumehood.model import FileRules, Limits, Protection, SandboxSpec
-from fumehood.runtime.base import Capabilities, Handle, SnapshotFacts, Stats, missing
+from fumehood.runtime.base import Capabilities, Handle, SnapshotFacts, Stats, check_required
 from fumehood.runtime.host.accounting import Account
+from fumehood.runtime.host.pidfd import kill
 from fumehood.runtime.host.waiting import readable
 from fumehood.runtime.microvm import protections
 from fumehood.runtime.microvm.assets import Manifest
@@ -97,7 +97,7 @@ class MicrovmHandle:
 
     async def kill(self) -> None:
         if self.machine.pidfd >= 0:
-            _kill(self.machine.pidfd)
+            kill(self.machine.pidfd)
             self._account.thaw()
             await self.wait_dead()
 
@@ -132,12 +132,7 @@ class MicrovmRuntime:
         return await self._run(await self._golden.of(spec), spec, sandbox_id)
 
     def _check(self, spec: SandboxSpec) -> None:
-        if lacking := missing(spec.require, self.protections):
-            raise ProtectionUnavailable(
-                "required protections can't be enforced: " + ", ".join(p.name for p in lacking),
-                cause="; ".join(f"{p.name} is {p.state}: {p.detail}" for p in lacking),
-                remediation="; ".join(p.fix for p in lacking if p.fix) or "see `fumehood doctor`",
-            )
+        check_required(spec.require, self.protections)
         if spec.seccomp is not None:
             raise Unsupported(
                 f"the tier {self.tier} takes no seccomp profile",
@@ -205,10 +200,3 @@ def _own(handle: Handle) -> MicrovmHandle:
     if not isinstance(handle, MicrovmHandle):
         raise TypeError(f"a {type(handle).__name__} is another tier's")
     return handle
-
-
-def _kill(pidfd: int) -> None:
-    try:
-        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-    except ProcessLookupError:
-        return  # it is dead already, which is what was wanted

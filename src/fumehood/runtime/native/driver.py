@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import signal
 import socket
 from base64 import b64encode
 from collections.abc import Callable, Mapping
@@ -13,11 +12,12 @@ from contextlib import AsyncExitStack
 from typing import Any
 
 from fumehood.config import Config
-from fumehood.errors import AgentUnresponsive, ProtectionUnavailable, SetupFailed
+from fumehood.errors import AgentUnresponsive, SetupFailed
 from fumehood.events import Event, ZygoteLost
 from fumehood.model import Limits, Protection, SandboxSpec, Template
-from fumehood.runtime.base import Capabilities, Stats, missing
+from fumehood.runtime.base import Capabilities, Stats, check_required
 from fumehood.runtime.host import accounting, journal
+from fumehood.runtime.host.pidfd import kill
 from fumehood.runtime.host.uids import UidBlock
 from fumehood.runtime.host.waiting import readable
 from fumehood.runtime.link import setup_failure
@@ -127,12 +127,7 @@ class NativeRuntime:
 
         Raises ProtectionUnavailable, CapacityExceeded, SetupFailed, SandboxGone; whatever was taken is given back.
         """
-        if lacking := missing(spec.require, self.protections):
-            raise ProtectionUnavailable(
-                "required protections can't be enforced: " + ", ".join(p.name for p in lacking),
-                cause="; ".join(f"{p.name} is {p.state}: {p.detail}" for p in lacking),
-                remediation="; ".join(p.fix for p in lacking if p.fix) or "see `fumehood doctor`",
-            )
+        check_required(spec.require, self.protections)
         zygote = await self.warm(spec.template)
         async with AsyncExitStack() as undo:
             uid = self._uids.take() if self._uids else None
@@ -224,16 +219,9 @@ def _uid_block(config: Config) -> UidBlock:
     return UidBlock(config.run_dir / "uids", config.uid_base, config.uid_count_per_supervisor)
 
 
-def _signal(pidfd: int, number: int) -> None:
-    try:
-        signal.pidfd_send_signal(pidfd, number)
-    except ProcessLookupError:
-        return  # it is dead already, which is what was wanted
-
-
 async def _end(pidfd: int, account: accounting.Account) -> None:
     """The end of init is the end of all. The others are told at once too: left to init they would be torn down after it."""
-    _signal(pidfd, signal.SIGKILL)
+    kill(pidfd)
     account.kill_all()
     account.thaw()  # a frozen task of cgroup v1 takes no signal
     await readable(pidfd)
