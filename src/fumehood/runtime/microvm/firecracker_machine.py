@@ -70,7 +70,6 @@ class FirecrackerMachine:
         return None
 
     def said(self) -> str:
-        """The end of its console: hostile text (H16)."""
         return self._monitor.said()
 
     async def pause(self) -> None:
