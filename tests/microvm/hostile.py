@@ -24,8 +24,8 @@ from security.attack import PRELUDE  # noqa: E402
 TIERS = ("qemu", "firecracker")
 MOST: dict[str, Any] = {
     "memory_bytes": 32 * MIB,
-    "disk_bytes": 8 * MIB,
-    "inodes": 128,
+    "disk_bytes": 2 * MIB,
+    "inodes": 64,
     "pids": 8,
     "open_files": 64,
     "timeout_s": 120,
