@@ -20,7 +20,7 @@ _GUESTS = "a door of the guest's kernel, which is there to be attacked in the ho
 _BOMB = "test_limits_on_machines.py has one that fits a machine"
 # The demo's attempts that mean something else in a machine, and why.
 ELSEWHERE = {
-    "vsock_socket": "test_no_socket_leads_out: it may have one, and nobody answers",
+    "vsock_socket": "test_security_on_machines.py: test_no_socket_leads_out: it may have one, and nobody answers",
     "netlink_socket": _GUESTS,
     "every_other_family": _GUESTS,
     "int80_socket": "test_the_32_bit_entry_is_closed: on a pvm host it ends by another signal",
@@ -29,7 +29,7 @@ ELSEWHERE = {
     "raw_address": "test_no_socket_leads_out: the guest has no IPv6, where this one ends with an error",
     "metadata_service": "the same",
     "host_addresses": "the same",
-    "memory_scan": "test_a_golden_snapshot_holds_no_word_of_the_host reads all of the machine's memory",
+    "memory_scan": "test_clones_on_machines.py: test_a_golden_snapshot_holds_no_word_of_the_host",
     "kernel_memory": "what /proc shows is the guest's",
     "sysfs": "what /sys shows is the guest's; test_all_that_can_be_written looks for what can be changed there",
     "unshare_user": "test_no_namespace_of_users_is_had: the refusal has another name",
