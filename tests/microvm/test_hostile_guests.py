@@ -34,14 +34,14 @@ def box(engine: tuple[str, Engine]) -> Iterator[Sandbox]:
 
 
 def saying(box: Sandbox, *values: tuple[int, dict[str, Any]]) -> Any:
-    """The result of a program for which the guest's PID 1, if it were taken over, would say this."""
+    """The result of a run for which the guest's PID 1, if it were taken over, would say this."""
     link = box.live.link
 
     def say(_: str) -> None:
         data = b"".join(wire.encode_json(max(link._streams), kind, value) for kind, value in values)
         Engine.of_this_process().loop.call_soon_threadsafe(link._reader.feed_data, data)
 
-    return box.exec("echo begun; exec sleep 3", on_stdout=say)
+    return box.run("import time; print('begun', flush=True); time.sleep(1)", on_stdout=say)
 
 
 ACCOUNTS: dict[str, dict[str, Any]] = {
