@@ -68,9 +68,6 @@ def test_two_machines_of_one_golden_snapshot_share_no_file_number_id_or_variable
     assert not shared, (shared, said)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="bind reseeds `random` and numpy only: RAND_add() for OpenSSL, and a fresh name sequence"
-)
 def test_forks_share_no_number_of_generators_that_have_run_before(box: Sandbox) -> None:
     """H20: OpenSSL's own, that of temporary names, and those of `random`."""
     code = (

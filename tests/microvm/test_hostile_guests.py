@@ -69,7 +69,6 @@ def test_an_account_that_makes_no_sense_counts_for_nothing(account: dict[str, An
     assert (stats.pids, stats.oom_kills, stats.pids_refused, box.live.handle.disk_used_bytes()) == (0, 0, 0, 0)  # pyright: ignore
 
 
-@pytest.mark.xfail(strict=True, reason="verdict.result_of() takes END's `context` as it is, of any kind and up to 16 MiB")
 def test_a_result_has_a_name_where_names_are_whatever_a_guest_says(box: Sandbox) -> None:
     """H16: results are kept, and shown to others than their author."""
     for odd in ({"a": [1]}, "x" * 100_000):
@@ -77,9 +76,6 @@ def test_a_result_has_a_name_where_names_are_whatever_a_guest_says(box: Sandbox)
         assert result.context is None or (isinstance(result.context, str) and len(result.context) < 1000)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="MicrovmHandle.told() keeps whatever names a guest makes up, for the life of the sandbox"
-)
 def test_a_guest_that_makes_up_accounts_does_not_make_the_host_grow(box: Sandbox) -> None:
     """H15, H16"""
     tracemalloc.start()
@@ -117,7 +113,6 @@ print(os.waitpid(pid, 0)[1])
     assert box.live.handle.machine._monitor.said() == before and "evil" not in before
 
 
-@pytest.mark.xfail(strict=True, reason="cli.exits.complain() prints causes as they are; cli.show.harmless() is what they need")
 def test_a_consoles_last_words_are_harmless_on_a_terminal() -> None:
     """H16: a panic quotes the name of the process that was running, which user code chose."""
     master, slave = os.openpty()

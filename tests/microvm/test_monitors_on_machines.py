@@ -139,9 +139,6 @@ def living(facts: dict[str, Any]) -> list[int]:
     return there
 
 
-@pytest.mark.xfail(
-    strict=True, reason="Engine.close() cancels the monitors' own tasks, and at exit asyncio.to_thread() has no pool any more"
-)
 def test_a_program_that_ends_without_closing_its_machines_leaves_nothing(request: pytest.FixtureRequest, tier: str) -> None:
     done, facts = left(request, tier, "")
     alive, directory = living(facts), Path(facts["directory"])
@@ -160,7 +157,6 @@ def test_what_a_killed_program_left_is_gone_when_the_next_one_starts(request: py
     assert living(facts) == [] and not Path(facts["directory"]).exists()
 
 
-@pytest.mark.xfail(strict=True, reason="bind sets a limit on each process of a list, and fails with those that have ended")
 @pytest.mark.parametrize("engine", ["qemu"], indirect=True)
 def test_a_machine_whose_programs_come_and_go_is_bound_all_the_same(tier: str, engine: Engine) -> None:
     """H16: as each fork, restore and rollback of it is. Firecracker's guests have the same agent; on a pvm host their programs

@@ -206,7 +206,6 @@ FILES = {"writable": ["/tmp", "/dev/shm"]}
 RUN = "/run shows the tmpfs of all that is writable under another name: a bind of it below a directory of root's would not"
 
 
-@pytest.mark.xfail(strict=True, reason=RUN)
 def test_what_the_policy_makes_read_only_is_written_by_no_other_name(tier: str) -> None:
     """H6"""
     with Sandbox(tier=tier, url="", limits=LIMITS, policy={"files": FILES}) as box:
