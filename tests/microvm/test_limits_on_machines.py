@@ -14,7 +14,7 @@ from pathlib import Path
 
 import hostile
 import pytest
-from hostile import MOST, PRELUDE, words
+from hostile import LIMITS, MOST, PRELUDE, words
 
 from fumehood import Sandbox
 from fumehood.errors import SandboxGone
@@ -189,3 +189,18 @@ def test_a_flood_that_nobody_reads_stands_still_and_grows_neither_host_nor_monit
 
 def rss_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_the_disk_is_read_no_faster_than_the_policy_says(tier: str) -> None:
+    """H21: by the monitor, which a golden snapshot gave another limit, or none."""
+    code = """
+import time
+began, size = time.monotonic(), 0
+for name in os.listdir('/usr/lib/python3.11'):  # sources, of which the guest has read the compiled form only
+    if name.endswith('.py') and size < 3 << 20:
+        with open('/usr/lib/python3.11/' + name, 'rb') as source: size += len(source.read())
+print(size, time.monotonic() - began)
+"""
+    with Sandbox(tier=tier, url="", limits={**LIMITS, "io_read_bps": MIB // 2}) as box:
+        size, took_s = words(box, code)
+    assert int(size) >= 3 * MIB and float(took_s) > 4, took_s  # 6 s, but for what was read ahead or comes at once
