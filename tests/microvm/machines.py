@@ -63,9 +63,7 @@ class Guest:
             self.channel.settimeout(PATIENCE_S)
             with contextlib.suppress(ConnectionError, FileNotFoundError):
                 self.channel.connect(str(self.directory / "channel"))
-                hello = self._hello_over_vsock() if self.vsock else self._hello_over_serial()
-                self.channel.sendall(wire.encode_json(0, wire.HELLO, {"generation": wire.GENERATION}))
-                return hello
+                return self._hello_over_vsock() if self.vsock else self._hello_over_serial()
             time.sleep(0.05)
 
     def _hello_over_vsock(self) -> dict[str, Any]:
@@ -73,6 +71,7 @@ class Guest:
         line = b""
         while not line.endswith(b"\n"):
             line += self._received(1)
+        self.channel.sendall(wire.GREETING)
         return self._frames()[0].json()
 
     def _hello_over_serial(self) -> dict[str, Any]:

@@ -36,8 +36,8 @@ class Context:
         self.id, self.language, self.cwd = id, language, cwd
         self.link: Link | None = None
         self.queue: deque[tuple[Stream, Task]] = deque()
-        self.working = False
-        self.removed = False
+        self.working = self.removed = False
+        self.reseed = False  # its session has random numbers that clones of this machine have, too
         self.checkpoints: dict[str, Checkpoint] = {}
 
     def describe(self) -> dict[str, Any]:
@@ -48,12 +48,12 @@ class Contexts:
     def __init__(self, loop: Loop, home: str, confine: Callable[[], None], children: dict[int, Later]) -> None:
         self._loop, self._home, self._confine, self._children = loop, home, confine, children
         self._contexts: dict[str, Context] = {}
-        self._languages = languages()
+        self.languages = languages()  # looked for once: emulated, that takes 20 ms
 
     # -- requests
     def create(self, language: str, cwd: str, id: str | None = None) -> Context:
-        if language not in self._languages:
-            raise Refused("unsupported", f"no {language!r} here; this image has {', '.join(self._languages)}")
+        if language not in self.languages:
+            raise Refused("unsupported", f"no {language!r} here; this image has {', '.join(self.languages)}")
         if id is not None and not CONTEXT_ID.match(id):
             raise Refused("invalid", f"context id {id[:40]!r} does not match {CONTEXT_ID.pattern}")
         if id in self._contexts:
@@ -119,12 +119,10 @@ class Contexts:
             raise Refused("not_found", f"context {context.id} has no checkpoint {checkpoint[:40]!r}")
         self._enqueue(stream, context, self._rollback(stream, context, context.checkpoints[checkpoint]))
 
-    def reseed(self, stream: Stream) -> Task:
-        """Sessions that are idle get random numbers of their own: those of a snapshot's clones are copies of each other."""
-        for context in [c for c in self._contexts.values() if c.link and not c.working]:
-            done = Later(self._loop)
-            self._enqueue(stream, context, self._reseed(context, done))
-            yield done
+    def reseed(self) -> None:
+        """Sessions get random numbers of their own before they run anything again (H20)."""
+        for context in self._contexts.values():
+            context.reseed = context.link is not None
 
     def kill_all(self) -> None:
         for context in self._contexts.values():
@@ -154,7 +152,7 @@ class Contexts:
         earlier = context.link
         link = self.awake(context)
         before = changes.scan(self._home)
-        request = {"verb": "run", "code": code, "env": dict(env)}
+        request = _asked(context, "run", code=code, env=dict(env))
         if link is earlier:  # what a new one says may be the reason why it dies of this run
             yield from link.drain()  # what threads and orphans of earlier runs wrote is no part of this one (H16)
         reply: Reply = yield link.call(request, Follower(stream.data, stream.event))
@@ -166,25 +164,21 @@ class Contexts:
             self._bury(context)
         stream.end({**outcome, **changes.difference(before, changes.scan(self._home))})
 
-    def warm(self, stream: Stream, context: Context) -> None:
-        """Have its session ready before the first run: what a pool asks of a sandbox that nobody has claimed yet."""
-        self._enqueue(stream, context, self._warm(stream, context))
+    def warm(self, stream: Stream, context: Context, *, fully: bool) -> None:
+        """Have its session ready before the first run: what a pool asks of a sandbox that nobody has claimed yet. `fully`, as
+        before a machine's snapshot: with all the libraries that it has."""
+        self._enqueue(stream, context, self._warm(stream, context, fully))
 
-    def _warm(self, stream: Stream, context: Context) -> Task:
-        reply: Reply = yield self.awake(context).call({"verb": "warm"})
+    def _warm(self, stream: Stream, context: Context, fully: bool) -> Task:
+        reply: Reply = yield self.awake(context).call(_asked(context, "warm", fully=fully))
         if reply.error or reply.ok is None:
             raise Refused("internal", f"the session of {context.id} did not come up: {reply.error or reply.death}")
         stream.end({})
 
-    def _reseed(self, context: Context, done: Later) -> Task:
-        if context.link:
-            yield context.link.call({"verb": "reseed"})
-        done.resolve(None)
-
     def _checkpoint(self, stream: Stream, context: Context) -> Task:
         """The twin first: it costs a fork, and languages that have none say so before anything is copied."""
         link = self.awake(context)
-        reply: Reply = yield link.call({"verb": "checkpoint"})
+        reply: Reply = yield link.call(_asked(context, "checkpoint"))
         twin = self._adopt(reply, link)
         workspace = tempfile.mkdtemp(prefix=".checkpoint-")
         try:
@@ -261,6 +255,11 @@ class Contexts:
         if context.link:
             context.link.close()
             context.link = None
+
+
+def _asked(context: Context, verb: str, **request: Any) -> dict[str, Any]:
+    reseed, context.reseed = context.reseed, False
+    return {"verb": verb, **request, **({"reseed": True} if reseed else {})}
 
 
 def _checked(reply: Reply) -> dict[str, Any]:

@@ -137,6 +137,7 @@ class Machine:
         boot.mount(f"{boot.RUN}/boot-id", "/proc/sys/kernel/random/boot_id", flags=boot.BIND)
         self._fds["pids"] = os.open(f"{GROUP}/cgroup.procs", os.O_RDONLY | os.O_CLOEXEC)
         self._rules: Rules = {}
+        self._limits, self._most_bytes = dict[str, int](), boot.memory_total_bytes() - RESERVE_BYTES
         self.limit({})
         self.renew()
 
@@ -144,16 +145,22 @@ class Machine:
         """`memory_bytes` and `pids` of all user code together, `disk_bytes` and `inodes` of all that it can write; `open_files`
         of each process. Raises OSError.
         """
-        most = boot.memory_total_bytes() - RESERVE_BYTES
-        self._set("memory.max", min(limits.get("memory_bytes", most), most))
-        self._set("pids.max", limits.get("pids", PIDS))
-        if "disk_bytes" in limits:
+        wanted = {"memory_bytes": self._most_bytes, "pids": PIDS, "inodes": INODES, **limits}
+        wanted["memory_bytes"] = min(wanted["memory_bytes"], self._most_bytes)
+        # Most are what the snapshot has already, and each costs an emulated kernel up to 10 ms.
+        new = {name for name, value in wanted.items() if self._limits.get(name) != value}
+        if "memory_bytes" in new:
+            self._set("memory.max", wanted["memory_bytes"])
+        if "pids" in new:
+            self._set("pids.max", wanted["pids"])
+        if "disk_bytes" in wanted and new & {"disk_bytes", "inodes"}:
             with _as_root():
-                boot.resize_disk(limits["disk_bytes"], limits.get("inodes", INODES))
-        if "open_files" in limits:
-            self._files = limits["open_files"]
+                boot.resize_disk(wanted["disk_bytes"], wanted["inodes"])
+        if "open_files" in new:
+            self._files = wanted["open_files"]
             for pid in os.pread(self._fds["pids"], 1 << 20, 0).split():  # sessions that were forked before
                 resource.prlimit(int(pid), resource.RLIMIT_NOFILE, (self._files, self._files))
+        self._limits = wanted
 
     def restrict(self, rules: Rules) -> None:
         """The file rules of whoever this becomes. Raises Refused, also for others than it has already."""
@@ -167,11 +174,11 @@ class Machine:
 
     def renew(self) -> None:
         """Ids that clones of one snapshot must not share (H20). After the kernel's random numbers were."""
-        random = Path("/proc/sys/kernel/random/uuid").read_text()
-        texts = {"boot-id": random, "machine-id": os.urandom(16).hex() + "\n", "hostname": os.uname().nodename + "\n"}
-        for name, text in texts.items():
-            os.ftruncate(self._ids[name], 0)
-            os.pwrite(self._ids[name], text.encode(), 0)
+        random, name = os.urandom(32).hex(), os.uname().nodename
+        boot_id = f"{random[:8]}-{random[8:12]}-4{random[13:16]}-8{random[17:20]}-{random[20:32]}"  # RFC 9562, version 4
+        for file, text in {"boot-id": boot_id, "machine-id": random[32:], "hostname": name}.items():
+            os.pwrite(self._ids[file], f"{text}\n".encode(), 0)
+        os.ftruncate(self._ids["hostname"], len(name) + 1)
 
     def account(self) -> dict[str, int | bool]:
         """What only this kernel knows of user code's fate, since boot; its word is good enough for its own guest."""

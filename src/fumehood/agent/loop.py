@@ -23,7 +23,7 @@ from . import wire
 OUT_LIMIT = 1 << 20
 RESUME_BELOW = 1 << 18
 DEAF_ABOVE = 8 * OUT_LIMIT  # a host that asks and never reads is not listened to either
-RECV_BYTES = 1 << 18
+RECV_BYTES = 1 << 16  # more would be mapped and unmapped for each recv() (mallopt(3), M_MMAP_THRESHOLD)
 
 Task = Generator[Optional["Later"], Any, None]
 
@@ -329,8 +329,7 @@ class Loop:
         if self.on_gone is not None and self._channel is not None and isinstance(greet := hello.get("greet"), str):
             self.attach(self._channel)
             self._on_greet(greet)
-            return
-        if self._last_stream >= 0:
+        elif self._last_stream >= 0:
             raise wire.BadFrame("an unexpected HELLO")
         self._last_stream = 0
 

@@ -153,8 +153,11 @@ class Python:
         outcome = "interrupted" if isinstance(error, KeyboardInterrupt) else "error" if self.reported else "ok"
         return {"outcome": outcome, "execution_count": count}
 
-    def warm(self) -> None:
-        """One cell that leaves no trace."""
+    def warm(self, *, fully: bool = False) -> None:
+        """One cell that leaves no trace; `fully`: one for each library that is there."""
+        if fully:
+            _warm_up(self, set(sys.modules))
+            return
         emit, self.emit = self.emit, _encode_only
         try:
             self.run("1 + 1", {})
@@ -287,7 +290,7 @@ def preload(modules: Sequence[str]) -> None:
 
 
 def _warm_up(executor: Python, modules: set[str]) -> None:
-    executor.emit = _encode_only
+    emit, executor.emit = executor.emit, _encode_only
     before = sys.stdout, sys.stderr
     fd = os.open(os.devnull, os.O_WRONLY)
     sys.stdout, sys.stderr = open_streams(fd, fd)
@@ -298,5 +301,6 @@ def _warm_up(executor: Python, modules: set[str]) -> None:
     finally:
         sys.stdout, sys.stderr = before
         os.close(fd)
+        executor.emit = emit
     executor.loop.close()
     executor.reset()

@@ -13,9 +13,8 @@ from typing import Any, Protocol
 from . import child, files, identity, wire
 from .args import Args
 from .contexts import Contexts
-from .loop import Later, Loop, Refused, Stream, Task
+from .loop import Later, Loop, Refused, Stream
 from .process import Processes
-from .session import languages
 from .watch import Watch
 
 VERSION = "0.1.0"
@@ -74,7 +73,7 @@ class Agent:
             "LANG": "C.UTF-8",
         }
         self._verbs: dict[str, Callable[[Stream, Args], None]] = {
-            "bind": lambda s, a: s.task(self._bind(s, a)),
+            "bind": self._bind,
             "ping": lambda s, a: s.end({}),
             "exec.start": self._exec_start,
             "exec.attach": lambda s, a: self.processes.attach(self._accounted(s), a.get("pid", int)),
@@ -86,7 +85,9 @@ class Agent:
             "context.create": self._context_create,
             "context.list": lambda s, a: s.end({"contexts": self.contexts.list()}),
             "context.run": self._context_run,
-            "context.warm": lambda s, a: self.contexts.warm(s, self.contexts.default(a.get("language", str))),
+            "context.warm": lambda s, a: self.contexts.warm(
+                s, self.contexts.default(a.get("language", str)), fully=a.get("fully", bool, False)
+            ),
             "context.interrupt": lambda s, a: s.end(_done(self.contexts.interrupt(self._context(a)))),
             "context.restart": lambda s, a: s.end(_done(self.contexts.restart(self._context(a)))),
             "context.remove": lambda s, a: s.end(_done(self.contexts.remove(self._context(a)))),
@@ -108,7 +109,7 @@ class Agent:
         """Say HELLO to the host that is attached; `token` is what it asked with."""
         hello: dict[str, Any] = {} if token is None else {"greet": token}  # first, so that it can be found among rubbish
         hello |= {"generation": wire.GENERATION, "agent": VERSION, "python": platform.python_version()}
-        hello["languages"] = languages()
+        hello["languages"] = self.contexts.languages
         self.loop.send(wire.encode_json(0, wire.HELLO, hello))
 
     def run(self) -> None:
@@ -136,7 +137,7 @@ class Agent:
                     exited.resolve(status)
 
     # -- verbs with more than one line
-    def _bind(self, stream: Stream, args: Args) -> Task:
+    def _bind(self, stream: Stream, args: Args) -> None:
         env, limits, entropy = args.env(), args.limits(), args.get("entropy", str, "")
         rules = args.rules()
         if (limits or rules) and self._machine is None:
@@ -148,7 +149,7 @@ class Agent:
             if rules:
                 self._machine.restrict(rules)
         if entropy:
-            yield from self.contexts.reseed(stream)
+            self.contexts.reseed()
         self._bound.update(env)
         stream.end({})
 

@@ -1,10 +1,11 @@
 """One context's process: a loop over requests from the agent, in a child that the agent forked.
 
 Requests are OPEN frames on the control socket; each is answered by EVENTs and one END on its stream.
-run {"code", "env"}; warm {}; reseed {}; settle {}; checkpoint {}: a stopped twin of this process, whose control socket rides
-on the END; and, to a twin, wake {}: a live copy of it, whose control socket rides on the END. Both say the new process's
-{"pid"}. A twin and its copies are orphans on purpose, so that they become children of the agent, which is PID 1 or a
-subreaper: it reaps them.
+run {"code", "env"}; warm {"fully"?}; settle {}; checkpoint {}: a stopped twin of this process, whose control socket rides on
+the END; and, to a twin, wake {}: a live copy of it, whose control socket rides on the END. Both say the new process's {"pid"}.
+"reseed": true in a request comes before all else: the machine was cloned since the last one.
+A twin and its copies are orphans on purpose, so that they become children of the agent, which is PID 1 or a subreaper: it
+reaps them.
 Threads, child processes and running asyncio tasks are not in a checkpoint. A closed control socket ends the process.
 """
 
@@ -19,12 +20,15 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, Protocol
 
 from . import child, python, shells, wire
 from .asked import Refused, code_and_env
 from .streams import open_streams
+
+# By itself `random` takes 2500 bytes, which an emulated kernel is 40 ms about.
+_SEEDS: Mapping[str, Callable[[], object]] = {"random": lambda: os.urandom(32), "numpy.random": lambda: None}
 
 
 class Executor(Protocol):
@@ -86,7 +90,7 @@ class Session:
 
     def _attach(self, control: socket.socket) -> None:
         self._control, self._pid = control, os.getpid()
-        self._decoder = wire.Decoder()
+        self._decoder, self._held = wire.Decoder(), b""
         self._lock = threading.Lock()  # user threads may display; a fork must not inherit a held lock
 
     def serve(self) -> NoReturn:
@@ -112,13 +116,14 @@ class Session:
                 "run": self._run,
                 "checkpoint": self._fork,
                 "warm": self._warm,
-                "reseed": self._reseed,
                 "settle": self._settle,
             }
             verbs = {"wake": self._fork} if self._twin else live
             verb = verbs.get(str(request.get("verb")))
             if verb is None:
                 raise Refused("invalid", f"no verb {request.get('verb')!r} here: there is {', '.join(verbs)}")
+            if request.get("reseed"):
+                _reseed()
             verb(request)
         except Refused as e:
             self._end({"error": {"code": e.code, "message": str(e)}})
@@ -145,17 +150,10 @@ class Session:
             os._exit(0)  # user code forked and its child came back here: the run has one answer, the parent's
         self._end({"ok": outcome})
 
-    def _warm(self, _request: dict[str, Any]) -> None:
+    def _warm(self, request: dict[str, Any]) -> None:
         """Touch what a first cell touches, so that its copied pages are this process's own before somebody waits."""
         if isinstance(self._executor, python.Python):
-            self._executor.warm()
-        self._end({"ok": {}})
-
-    def _reseed(self, _request: dict[str, Any]) -> None:
-        """H20: what os.fork() does for `random`, after a machine was cloned and no process saw a fork."""
-        for name in ("random", "numpy.random"):
-            with contextlib.suppress(Exception):  # user code may have put anything there
-                sys.modules[name].seed()
+            self._executor.warm(fully=bool(request.get("fully")))
         self._end({"ok": {}})
 
     def _settle(self, _request: dict[str, Any]) -> None:
@@ -173,13 +171,17 @@ class Session:
         self._interrupt_owed = True
 
     def _emit(self, event: dict[str, Any]) -> None:
-        self._send(wire.encode_json(self._stream, wire.EVENT, event))
+        """A run's number and its main result go with what comes next: the END mostly, and each frame by itself costs the agent
+        a turn, which in an emulated guest takes 10 ms."""
+        frame = wire.encode_json(self._stream, wire.EVENT, event)
+        can_wait = event["type"] == "count" or event.get("is_main_result") is True
+        self._send(frame, hold=can_wait and len(frame) < wire.CHUNK_BYTES)
 
     def _end(self, value: dict[str, Any], fds: Sequence[int] = ()) -> None:
         self._taken = self._interrupt_owed = False  # before the agent can know that it has ended, and send the next
         self._send(wire.encode_json(self._stream, wire.END, value), fds)
 
-    def _send(self, frame: bytes, fds: Sequence[int] = ()) -> None:
+    def _send(self, frame: bytes, fds: Sequence[int] = (), *, hold: bool = False) -> None:
         if os.getpid() != self._pid:
             return  # a child that user code forked has no say on our stream
         main = threading.current_thread() is threading.main_thread()
@@ -187,6 +189,10 @@ class Session:
             self._sending = True  # a KeyboardInterrupt between two bytes of a frame would break the stream
         try:
             with self._lock:
+                frame, self._held = self._held + frame, b""
+                if hold:
+                    self._held = frame
+                    frame = b""
                 sent = socket.send_fds(self._control, [frame], fds) if fds else 0
                 self._control.sendall(memoryview(frame)[sent:])
         except OSError:
@@ -225,6 +231,13 @@ class Session:
         if isinstance(self._executor, python.Python):
             self._executor.loop.forget()
         self.serve()
+
+
+def _reseed() -> None:
+    """H20: what os.fork() does for `random`, after a machine was cloned and no process saw a fork."""
+    for name, seed in _SEEDS.items():
+        with contextlib.suppress(Exception):  # user code may have put anything there
+            sys.modules[name].seed(seed())
 
 
 def _flush() -> None:

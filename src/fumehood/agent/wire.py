@@ -75,6 +75,9 @@ def encode_json(stream: int, kind: int, value: dict[str, Any]) -> bytes:
     return encode(stream, kind, json.dumps(value, ensure_ascii=True, separators=(",", ":")).encode())
 
 
+GREETING = encode_json(0, HELLO, {"generation": GENERATION})  # what a host says first
+
+
 def parse_header(header: bytes) -> tuple[int, int, int]:
     """(length, stream, kind), checked. Raises BadFrame before a byte of the payload is buffered."""
     length, stream, kind = _HEADER.unpack(header)

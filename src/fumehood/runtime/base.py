@@ -42,7 +42,8 @@ class Handle(Protocol):
     protections: tuple[Protection, ...]
 
     async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """The one duplex byte stream to the agent, at its HELLO frame. Callable once, but for machines that were copied."""
+        """The one duplex byte stream to the agent: the host's HELLO is said, the agent's is the next to be read. Callable once,
+        but for machines that were copied."""
         ...
 
     async def pause(self) -> None: ...

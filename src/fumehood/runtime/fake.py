@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import fumehood
+from fumehood.agent import wire
 from fumehood.config import Config
 from fumehood.errors import CapacityExceeded, InvalidTransition, ProtectionUnavailable
 from fumehood.events import Event
@@ -67,7 +68,9 @@ class FakeHandle:
         if self._connected:
             raise InvalidTransition("this sandbox is connected already", cause="connect() can be called once")
         self._connected = True
-        return await asyncio.open_unix_connection(sock=self._channel)
+        reader, writer = await asyncio.open_unix_connection(sock=self._channel)
+        writer.write(wire.GREETING)
+        return reader, writer
 
     async def pause(self) -> None:
         await asyncio.to_thread(tree.freeze, self._keeper.pid)

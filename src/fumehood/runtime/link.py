@@ -136,7 +136,7 @@ class Link:
         self.lost, self.detached = "", False
 
     async def start(self, timeout_s: float) -> None:
-        """Exchange HELLO. Raises AgentUnresponsive, SetupFailed, WireError or SandboxGone."""
+        """Hear its HELLO; ours is said. Raises AgentUnresponsive, SetupFailed, WireError or SandboxGone."""
         try:
             async with asyncio.timeout(timeout_s):
                 frame = await self._read()
@@ -152,7 +152,6 @@ class Link:
         generation = self.hello.get("generation")
         if not isinstance(generation, int) or generation < wire.GENERATION:
             raise WireError(f"the agent speaks generation {generation!r}, this host needs {wire.GENERATION}")
-        await self.send(wire.encode_json(0, wire.HELLO, {"generation": wire.GENERATION}))
         self._task = asyncio.create_task(self._receive())
 
     async def open(self, verb: str, **arguments: Any) -> Stream:

@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import os
-import time
-from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from fumehood.agent.args import LIMITS
 from fumehood.config import Config
 from fumehood.errors import InvalidInput, Unsupported
 from fumehood.events import Event
-from fumehood.model import FileRules, Limits, Protection, SandboxSpec
+from fumehood.model import Limits, Protection, SandboxSpec
 from fumehood.runtime.base import Capabilities, Handle, SnapshotFacts, Stats, check_required
 from fumehood.runtime.host.accounting import Account
 from fumehood.runtime.host.pidfd import kill
@@ -28,12 +26,11 @@ from fumehood.runtime.microvm import protections
 from fumehood.runtime.microvm.assets import Manifest
 from fumehood.runtime.microvm.copies import Copies
 from fumehood.runtime.microvm.golden import Golden, machine_bytes
+from fumehood.runtime.microvm.identity import identity
 from fumehood.runtime.microvm.machine import Machine, Vmm
 from fumehood.runtime.microvm.origin import Origin
 from fumehood.runtime.microvm.places import Places, monitors
 
-ENTROPY_BYTES = 64
-_UNNAMED = SandboxSpec().hostname
 _LATE = frozenset({"cpus", "cpu_weight", *LIMITS} - {"memory_bytes"})
 
 
@@ -60,15 +57,7 @@ class MicrovmHandle:
         self.paused = False
 
     def identity(self, spec: SandboxSpec) -> dict[str, Any]:
-        """All that machines of one snapshot would share otherwise (H20), and the bounds that the guest's kernel keeps."""
-        limits = spec.limits
-        return {
-            "clock_s": time.time(),
-            "entropy": b64encode(os.urandom(ENTROPY_BYTES)).decode(),
-            "hostname": self.sandbox_id if spec.hostname == _UNNAMED else spec.hostname,
-            "limits": {name: getattr(limits, name) for name in LIMITS},
-            **({} if spec.files == FileRules() else {"files": {n: list(paths) for n, paths in asdict(spec.files).items()}}),
-        }
+        return identity(spec, self.sandbox_id)
 
     def told(self, account: Mapping[str, Any]) -> None:
         self._told.update(account)

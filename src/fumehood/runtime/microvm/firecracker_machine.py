@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
+from fumehood.agent import wire
 from fumehood.errors import CapacityExceeded, FumehoodError, SandboxGone, SetupFailed
 from fumehood.runtime.host.waiting import readable
 from fumehood.runtime.microvm import sparse
@@ -21,6 +22,7 @@ from fumehood.runtime.microvm.process import Monitor
 AGENT_PORT = 1024
 _SAVE_S = 300.0  # a guest's whole memory to a slow disk, with fsync
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.001, 0.2  # between two attempts to connect: each costs a guest that boots some work
+_FIRST_PATIENCE_S = 0.05  # for HELLO; twice as long each time, for a guest that is slow
 _LINE_BYTES = 32
 _FULL_DISK = ("No space left on device", "Quota exceeded")  # the second is EDQUOT in musl's words
 _T = TypeVar("_T")
@@ -37,16 +39,18 @@ class FirecrackerMachine:
         self._diff_fits = True  # what Firecracker holds for written since the last snapshot is the difference to `base`
 
     async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        pause_s = _FIRST_PAUSE_S
-        while (channel := await self._greeted()) is None:
+        pause_s, patience_s = _FIRST_PAUSE_S, _FIRST_PATIENCE_S
+        while (channel := await self._greeted(patience_s)) is None:
             if not self._monitor.alive:
                 raise await self._gone("its agent spoke")
             await asyncio.sleep(pause_s)
-            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+            pause_s, patience_s = min(2 * pause_s, _LONGEST_PAUSE_S), 2 * patience_s
         return await asyncio.open_unix_connection(sock=channel)
 
-    async def _greeted(self) -> socket.socket | None:
-        """A connection with HELLO to be read. OK is no proof: after a restore the guest ends what it accepted too soon."""
+    async def _greeted(self, patience_s: float) -> socket.socket | None:
+        """A connection with HELLO to be read. OK is no proof: after a restore the guest forgets what it accepted before it
+        heard of that, and does not say so.
+        """
         with contextlib.ExitStack() as undo:
             channel = undo.enter_context(socket.socket(socket.AF_UNIX))
             channel.setblocking(False)
@@ -56,10 +60,14 @@ class FirecrackerMachine:
                 await asyncio.get_running_loop().sock_connect(channel, path)
             channel.send(b"CONNECT %d\n" % AGENT_PORT)
             if await _accepted(channel):
-                await readable(channel.fileno())
-                if channel.recv(1, socket.MSG_PEEK):
-                    undo.pop_all()
-                    return channel
+                # A guest that has forgotten the connection ends it when something comes over it.
+                channel.send(wire.GREETING)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(patience_s):
+                        await readable(channel.fileno())
+                    if channel.recv(1, socket.MSG_PEEK):
+                        undo.pop_all()
+                        return channel
         return None
 
     def said(self) -> str:

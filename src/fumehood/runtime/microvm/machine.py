@@ -50,7 +50,7 @@ class Machine(Protocol):
         ...
 
     async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """To the agent; its HELLO is the next thing to be read. Waits for it as long as the machine lives.
+        """To the agent; our HELLO is said, and its own is the next to be read. Waits for it as long as the machine lives.
 
         Raises SandboxGone, with the console's last words.
         """

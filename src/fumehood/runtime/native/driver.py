@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from typing import Any
 
+from fumehood.agent import wire
 from fumehood.config import Config
 from fumehood.errors import AgentUnresponsive, SetupFailed
 from fumehood.events import Event, ZygoteLost
@@ -40,7 +41,9 @@ class NativeHandle:
         self._undo = AsyncExitStack()
 
     async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        return await asyncio.open_unix_connection(sock=self._channel)
+        reader, writer = await asyncio.open_unix_connection(sock=self._channel)
+        writer.write(wire.GREETING)
+        return reader, writer
 
     async def pause(self) -> None:
         await asyncio.to_thread(self._account.freeze)
