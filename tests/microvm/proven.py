@@ -1,4 +1,4 @@
-"""Directories in which the tier qemu is proven, for tests of what lies above it. Its golden snapshots are kept between runs. No
+"""Directories in which a tier is proven, for tests of what lies above it. Its golden snapshots are kept between runs. No
 other tests use them, for whoever starts in a state directory removes what seems left of the dead.
 """
 
@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cli.served import Served
+from fumehood.client.engine import Engine
 from fumehood.config import Config
 from fumehood.runtime.microvm.proof import Proof
 from fumehood.runtime.microvm.selftest import prove
@@ -35,6 +36,18 @@ def environment(assets: Path, tier: str = "qemu", **settings: str) -> dict[str, 
         proof = asyncio.run(prove(config, tier))
     assert proof.proven, proof.reason
     return env
+
+
+@contextlib.contextmanager
+def engine(assets: Path, tier: str, **settings: str) -> Iterator[None]:
+    """Meanwhile this process's own sandboxes of that tier are machines of these directories."""
+    config = Config.load(environment(assets, tier, **settings))
+    Engine.of_this_process(config).close()  # of earlier tests, with other directories
+    ours = Engine.of_this_process(config)
+    try:
+        yield
+    finally:
+        ours.close()
 
 
 @contextlib.contextmanager
