@@ -21,9 +21,10 @@ pytestmark = [pytest.mark.microvm, pytest.mark.root]
 def where(
     request: pytest.FixtureRequest, kernel: Callable[[str], Any], image: Callable[[str], Any]
 ) -> Iterator[dict[str, Any]]:
+    is_kvm = request.param == "firecracker"
+    settings = {"FUMEHOOD_FIRECRACKER": str(request.getfixturevalue("firecracker"))} if is_kvm else {}
     image("python")
-    kernel("pvm" if request.param == "firecracker" else "stock")
-    settings = {"FUMEHOOD_FIRECRACKER": str(request.getfixturevalue("firecracker"))} if request.param == "firecracker" else {}
+    kernel("pvm" if is_kvm else "stock")
     with proven.engine(ahead.STATE, request.param, **settings):
         yield {"tier": request.param, "url": ""}
 
