@@ -60,6 +60,13 @@ def test_every_run_starts_with_its_count_and_ends_with_it(session: Client):
         assert answer.end == {"ok": {"outcome": "ok", "execution_count": n}}
 
 
+def test_a_cell_without_output_is_one_message_to_the_agent(session: Client):
+    session.run("1")
+    session.control.sendall(wire.encode_json(9, wire.OPEN, {"verb": "run", "code": "6 * 7"}))
+    frames = wire.Decoder().feed(session.control.recv(1 << 16))
+    assert [frame.kind for frame in frames] == [wire.EVENT, wire.EVENT, wire.END]
+
+
 def test_only_the_last_expression_is_the_main_result(session: Client):
     answer = session.run("1\n2\ndisplay('shown')\n3")
     assert [(e["is_main_result"], e["data"]["text/plain"]) for e in answer.events if e["type"] == "result"] == [

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
-from . import changes, child, tree
+from . import changes, child, pages, tree
 from .link import Follower, Link, Reply
 from .loop import Later, Loop, Refused, Stream, Task
 from .pipes import Ends
@@ -47,6 +47,7 @@ class Context:
 class Contexts:
     def __init__(self, loop: Loop, home: str, confine: Callable[[], None], children: dict[int, Later]) -> None:
         self._loop, self._home, self._confine, self._children = loop, home, confine, children
+        self._workspace = changes.Workspace(home)
         self._contexts: dict[str, Context] = {}
         self.languages = languages()  # looked for once: emulated, that takes 20 ms
 
@@ -151,7 +152,7 @@ class Contexts:
     def _run(self, stream: Stream, context: Context, code: str, env: Mapping[str, str]) -> Task:
         earlier = context.link
         link = self.awake(context)
-        before = changes.scan(self._home)
+        before = self._workspace.scan()
         request = _asked(context, "run", code=code, env=dict(env))
         if link is earlier:  # what a new one says may be the reason why it dies of this run
             yield from link.drain()  # what threads and orphans of earlier runs wrote is no part of this one (H16)
@@ -162,7 +163,7 @@ class Contexts:
         outcome = _outcome(context, **_checked(reply))
         if outcome["outcome"] == "died":
             self._bury(context)
-        stream.end({**outcome, **changes.difference(before, changes.scan(self._home))})
+        stream.end({**outcome, **changes.difference(before, self._workspace.scan())})
 
     def warm(self, stream: Stream, context: Context, *, fully: bool) -> None:
         """Have its session ready before the first run: what a pool asks of a sandbox that nobody has claimed yet. `fully`, as
@@ -173,6 +174,8 @@ class Contexts:
         reply: Reply = yield self.awake(context).call(_asked(context, "warm", fully=fully))
         if reply.error or reply.ok is None:
             raise Refused("internal", f"the session of {context.id} did not come up: {reply.error or reply.death}")
+        if fully:
+            pages.own()
         stream.end({})
 
     def _checkpoint(self, stream: Stream, context: Context) -> Task:

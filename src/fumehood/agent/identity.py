@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import binascii
 import fcntl
+import functools
+import os
 import socket
 import struct
 import time
@@ -42,6 +44,10 @@ def _seed(entropy: str) -> bytes:
 
 def _reseed(seed: bytes) -> None:
     """Adding is not enough: the generator takes from its pool once a minute, unless it is told to now (random(4))."""
-    with open("/dev/urandom", "wb", buffering=0) as device:
-        fcntl.ioctl(device, RNDADDENTROPY, struct.pack("ii", 8 * len(seed), len(seed)) + seed)
-        fcntl.ioctl(device, RNDRESEEDCRNG)
+    fcntl.ioctl(_device(), RNDADDENTROPY, struct.pack("ii", 8 * len(seed), len(seed)) + seed)
+    fcntl.ioctl(_device(), RNDRESEEDCRNG)
+
+
+@functools.cache
+def _device() -> int:
+    return os.open("/dev/urandom", os.O_WRONLY | os.O_CLOEXEC)

@@ -157,6 +157,7 @@ class Python:
         """One cell that leaves no trace; `fully`: one for each library that is there."""
         if fully:
             _warm_up(self, set(sys.modules))
+            _freeze()
             return
         emit, self.emit = self.emit, _encode_only
         try:
@@ -285,8 +286,13 @@ def preload(modules: Sequence[str]) -> None:
             import_module(module)
         _prepared = _build()
         _warm_up(_prepared, {m.partition(".")[0] for m in modules})
+    _freeze()
+
+
+def _freeze() -> None:
+    """A collection in a fork, or in a clone of this machine, would write to every object's header and copy every page."""
     gc.collect()
-    gc.freeze()  # a collection in a fork would write to every object's header and copy every page
+    gc.freeze()
 
 
 def _warm_up(executor: Python, modules: set[str]) -> None:

@@ -23,7 +23,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, Protocol
 
-from . import child, python, shells, wire
+from . import child, pages, python, shells, wire
 from .asked import Refused, code_and_env
 from .streams import open_streams
 
@@ -152,8 +152,11 @@ class Session:
 
     def _warm(self, request: dict[str, Any]) -> None:
         """Touch what a first cell touches, so that its copied pages are this process's own before somebody waits."""
+        fully = bool(request.get("fully"))
         if isinstance(self._executor, python.Python):
-            self._executor.warm(fully=bool(request.get("fully")))
+            self._executor.warm(fully=fully)
+        if fully:
+            pages.own()
         self._end({"ok": {}})
 
     def _settle(self, _request: dict[str, Any]) -> None:
@@ -192,9 +195,9 @@ class Session:
                 frame, self._held = self._held + frame, b""
                 if hold:
                     self._held = frame
-                    frame = b""
-                sent = socket.send_fds(self._control, [frame], fds) if fds else 0
-                self._control.sendall(memoryview(frame)[sent:])
+                else:
+                    sent = socket.send_fds(self._control, [frame], fds) if fds else 0
+                    self._control.sendall(memoryview(frame)[sent:])
         except OSError:
             os._exit(1)  # the agent is gone, or user code closed the socket: nobody is left to tell
         finally:
