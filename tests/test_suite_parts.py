@@ -1,4 +1,4 @@
-"""`make test`: a part that fails is never lost, and nothing of it lives on. Its parts are stand-ins here, tools/suite is real."""
+"""`make test`: a part that fails is never lost, and nothing lives on. The parts are stand-ins here, tools/suite is real."""
 
 from __future__ import annotations
 
