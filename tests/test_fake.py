@@ -102,8 +102,8 @@ async def test_pause_stops_every_process_and_resume_lets_all_go_on(runtime):
     stream = await link.open("exec.start", argv=["sh", "-c", "sleep 60 & sleep 60"], env={})
     await until(lambda: sum(p.state == "S" for p in tree.below(handle._keeper.pid)) >= 4)
     await handle.pause()
-    states = [p.state for p in tree.below(handle._keeper.pid)]
-    assert len(states) >= 4 and set(states) == {"T"}
+    assert len(tree.below(handle._keeper.pid)) >= 4
+    await until(lambda: {p.state for p in tree.below(handle._keeper.pid)} == {"T"})  # on a busy machine a signal takes its time
     await handle.pause()
     await handle.resume()
     await until(lambda: "T" not in [p.state for p in tree.below(handle._keeper.pid)])

@@ -177,7 +177,7 @@ class Supervisor:
         return link
 
     async def _linked(self, handle: Handle) -> Link:
-        timeout_s = self.config.agent_timeout_s
+        timeout_s = self.config.agent_timeout_s * handle.patience
         try:
             async with asyncio.timeout(timeout_s):
                 link = Link(*await handle.connect())

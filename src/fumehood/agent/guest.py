@@ -37,7 +37,8 @@ _ENVIRON = {
     "MPLCONFIGDIR": "/tmp/.mpl",
     **{f"{name}_NUM_THREADS": "1" for name in ("OPENBLAS", "OMP", "MKL", "NUMEXPR")},
 }
-_READ = ("memory.events", "pids.events", "pids.current", "pids.peak")
+_READ = ("memory.events", "memory.peak", "pids.events", "pids.current", "pids.peak")
+_NEAR_BYTES = 4 << 20  # no allocation that could end in OOM asks for more at once
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -137,6 +138,7 @@ class Machine:
         boot.mount(f"{boot.RUN}/boot-id", "/proc/sys/kernel/random/boot_id", flags=boot.BIND)
         self._fds["pids"] = os.open(f"{GROUP}/cgroup.procs", os.O_RDONLY | os.O_CLOEXEC)
         self._rules: Rules = {}
+        self._oom_kills = self._pids_refused = 0
         self._limits, self._most_bytes = dict[str, int](), boot.memory_total_bytes() - RESERVE_BYTES
         self.limit({})
         self.renew()
@@ -181,13 +183,20 @@ class Machine:
         os.ftruncate(self._ids["hostname"], len(name) + 1)
 
     def account(self) -> dict[str, int | bool]:
-        """What only this kernel knows of user code's fate, since boot; its word is good enough for its own guest."""
-        disk = os.statvfs(boot.RUN)
+        """What only this kernel knows of user code's fate, since boot; its word is good enough for its own guest.
+
+        What was killed or refused is read only if a limit was ever come near to: text of several lines is slow to make.
+        """
+        disk, peak = os.statvfs(boot.RUN), self._number("pids.peak")
+        if self._number("memory.peak") > self._limits["memory_bytes"] - _NEAR_BYTES:
+            self._oom_kills = self._count("memory.events", "oom_kill")
+        if peak >= self._limits["pids"]:
+            self._pids_refused = self._count("pids.events", "max")
         return {
-            "oom_kills": self._count("memory.events", "oom_kill"),
-            "pids_refused": self._count("pids.events", "max"),
+            "oom_kills": self._oom_kills,
+            "pids_refused": self._pids_refused,
             "pids": self._number("pids.current"),
-            "pids_peak": self._number("pids.peak"),
+            "pids_peak": peak,
             "disk_full": disk.f_bavail == 0 or disk.f_favail == 0,
             "disk_used_bytes": (disk.f_blocks - disk.f_bfree) * disk.f_frsize,
         }

@@ -147,7 +147,7 @@ class _Watch:
 
 
 class Loop:
-    def __init__(self, on_open: Callable[[Stream, dict[str, Any]], None], on_greet: Callable[[str], None]) -> None:
+    def __init__(self, on_open: Callable[[Stream, dict[str, Any]], None], on_greet: Callable[[str | None], None]) -> None:
         """Nobody is served until attach()."""
         self._on_open, self._on_greet = on_open, on_greet
         # What to do when the host has gone; None: the loop ends, and nobody comes back.
@@ -326,12 +326,14 @@ class Loop:
     def _shake_hands(self, hello: dict[str, Any]) -> None:
         if hello.get("generation") != wire.GENERATION:
             raise wire.BadFrame(f"a HELLO of generation {hello.get('generation')!r:.20}")
-        if self.on_gone is not None and self._channel is not None and isinstance(greet := hello.get("greet"), str):
+        greet = hello.get("greet")
+        if self.on_gone is not None and self._channel is not None and isinstance(greet, str):
             self.attach(self._channel)
-            self._on_greet(greet)
         elif self._last_stream >= 0:
             raise wire.BadFrame("an unexpected HELLO")
         self._last_stream = 0
+        if self.on_gone is not None:
+            self._on_greet(greet if isinstance(greet, str) else None)
 
     def _open(self, frame: wire.Frame) -> None:
         if not 0 <= self._last_stream < frame.stream:

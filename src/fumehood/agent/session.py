@@ -105,7 +105,8 @@ class Session:
         os._exit(0)
 
     def _next_request(self) -> bytes:
-        select.select([self._control], [], [])
+        if not self._control.recv(1, socket.MSG_PEEK):
+            return b""
         self._taken = True  # while the request is still in the socket, so that _on_sigint() misses no moment
         return self._control.recv(wire.CHUNK_BYTES)
 
@@ -185,7 +186,7 @@ class Session:
         self._send(wire.encode_json(self._stream, wire.END, value), fds)
 
     def _send(self, frame: bytes, fds: Sequence[int] = (), *, hold: bool = False) -> None:
-        if os.getpid() != self._pid:
+        if not hold and os.getpid() != self._pid:
             return  # a child that user code forked has no say on our stream
         main = threading.current_thread() is threading.main_thread()
         if main:

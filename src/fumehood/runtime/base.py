@@ -40,6 +40,7 @@ class Handle(Protocol):
 
     sandbox_id: str
     protections: tuple[Protection, ...]
+    patience: float  # how many times agent_timeout_s its agent may take to speak
 
     async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """The one duplex byte stream to the agent: the host's HELLO is said, the agent's is the next to be read. Callable once,

@@ -48,8 +48,8 @@ class FirecrackerMachine:
         return await asyncio.open_unix_connection(sock=channel)
 
     async def _greeted(self, patience_s: float) -> socket.socket | None:
-        """A connection with HELLO to be read. OK is no proof: after a restore the guest forgets what it accepted before it
-        heard of that, and does not say so.
+        """A connection with HELLO to be read. OK is no proof: a guest that was restored forgets what it accepted before it heard
+        of that, and does not say so. HELLO is: it answers ours, and over what is forgotten nothing arrives.
         """
         with contextlib.ExitStack() as undo:
             channel = undo.enter_context(socket.socket(socket.AF_UNIX))
@@ -60,8 +60,7 @@ class FirecrackerMachine:
                 await asyncio.get_running_loop().sock_connect(channel, path)
             channel.send(b"CONNECT %d\n" % AGENT_PORT)
             if await _accepted(channel):
-                # A guest that has forgotten the connection ends it when something comes over it.
-                channel.send(wire.GREETING)
+                channel.send(wire.GREETING)  # to which the kernel of a guest that has forgotten the connection says so
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(patience_s):
                         await readable(channel.fileno())

@@ -34,6 +34,8 @@ _BY_GROUPS = frozenset({"cpus", "cpu_weight", "memory_bytes", "swap_bytes", "pid
 class NativeHandle:
     """One live native sandbox. `_undo` gives back, in reverse, whatever start() took."""
 
+    patience = 1.0
+
     def __init__(self, sandbox_id: str, pidfd: int, channel: socket.socket, disk_fd: int, account: accounting.Account) -> None:
         self.sandbox_id = sandbox_id
         self.protections: tuple[Protection, ...] = ()
