@@ -4,6 +4,7 @@ import asyncio
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,13 @@ from fumehood.errors import FileFault, InvalidInput, InvalidTransition, NotFound
 
 pytestmark = pytest.mark.rootless
 Where = dict[str, Any]  # keyword arguments that say where a sandbox runs
+
+
+def until(done: Callable[[], bool], patience_s: float = 20) -> None:
+    deadline = time.monotonic() + patience_s
+    while not done():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_the_last_expression_is_the_text_and_state_is_kept(box: Sandbox) -> None:
@@ -236,7 +244,7 @@ def test_a_program_finds_the_packages_that_code_finds(box: Sandbox) -> None:
 
 def test_pause_stops_the_code_and_resume_continues_it(box: Sandbox) -> None:
     ticker = box.start(["bash", "-c", "while :; do echo >> ~/n; sleep 0.01; done"])
-    time.sleep(0.3)
+    until(lambda: box.files.exists("n"))
     box.pause()
     with pytest.raises(InvalidTransition):
         box.pause()
@@ -247,8 +255,7 @@ def test_pause_stops_the_code_and_resume_continues_it(box: Sandbox) -> None:
     assert box.stats().usage.cpu_s == pytest.approx(frozen, abs=0.02)
     box.resume()
     before = box.files.stat("n").size
-    time.sleep(0.3)
-    assert box.files.stat("n").size > before
+    until(lambda: box.files.stat("n").size > before)
     ticker.signal(signal.SIGKILL)
 
 
