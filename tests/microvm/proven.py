@@ -29,7 +29,8 @@ def environment(assets: Path, tier: str = "qemu", **settings: str) -> dict[str, 
     for kind in ("kernels", "images"):
         if not (link := home / "state/microvm" / kind).is_symlink():
             link.symlink_to(assets / "microvm" / kind)
-    settings = {"FUMEHOOD_AGENT_TIMEOUT_S": "60", **settings}  # emulated guests, on a machine that runs other tests too
+    # Emulated guests, on a machine that runs other tests too, whose supervisors know of no uids taken here.
+    settings = {"FUMEHOOD_AGENT_TIMEOUT_S": "60", "FUMEHOOD_UID_BASE": "300000000", **settings}
     env = {"FUMEHOOD_STATE_DIR": str(home / "state"), "FUMEHOOD_RUN_DIR": str(home / "run"), **settings}
     config = Config.load(env)
     if not (proof := Proof.load(config, tier)).proven:
