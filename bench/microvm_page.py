@@ -13,6 +13,7 @@ from bench.page import MICROVM, put, verdict
 _ROWS = {
     "restored": "made from the golden snapshot, first Python answer",
     "restored_pandas": "the same with pandas in the snapshot, first `df.describe()`",
+    "claimed": "claimed from a warm pool: bound to its user, first answer",
     "live": "a run in a live one",
     "fork": "a live one forked 8 ways, all 8 answered from its state",
     "snapshot": "a live one copied to the disk, digests and all; it stands still for a part of that",
@@ -37,10 +38,12 @@ def _lines(report: dict[str, Any], link: str) -> Iterator[str]:
     for tier in ("firecracker", "qemu"):
         for name, what in _ROWS.items():
             yield _row(tier, what, report[tier][name], report[tier]["boot_s"], name)
-    yield "\n| | boots in, s | with pandas | PSS of each of 8 clones, MiB | CPU of a paused one |\n|---|---:|---:|---:|---:|"
+    yield "\n| | boots in, s | with pandas | PSS of each of 8 clones, MiB | CPU of an idle one | of a paused one |"
+    yield "|---|---:|---:|---:|---:|---:|"
     for tier in ("firecracker", "qemu"):
         r, boots = report[tier], report[tier]["boot_s"]
-        yield f"| {tier} | {boots['python']} | {boots['pandas']} | {r['pss_mib_each']} | {r['paused_cpu_share']:.2%} |"
+        shares = f"{r['idle_cpu_share']:.2%} | {r['paused_cpu_share']:.2%}"
+        yield f"| {tier} | {boots['python']} | {boots['pandas']} | {r['pss_mib_each']} | {shares} |"
 
 
 def _row(tier: str, what: str, row: dict[str, Any], boot_s: dict[str, float], name: str) -> str:

@@ -17,8 +17,8 @@ SIZE_BYTES = 8 << 20
 def _shared_bytes() -> int:
     """Anonymous memory that another process has, too."""
     text = Path("/proc/self/smaps").read_text()
-    areas = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", text, flags=re.M)
-    return sum(int(found[1]) << 10 for area in areas if " rw-p " in area and (found := re.search(r"Shared_Dirty:\s+(\d+)", area)))
+    areas = [area for area in re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", text, flags=re.M) if " rw-p " in area]
+    return sum(int(kib) << 10 for area in areas for kib in re.findall(r"Shared_Dirty:\s+(\d+)", area))
 
 
 def test_a_fork_that_owned_its_pages_shares_none_with_its_parent() -> None:

@@ -38,8 +38,8 @@ def find() -> Host:
 
 
 class VsockHost:
-    """Each connection is a host, which hears HELLO when it has said its own: what comes over a connection after a restore proves
-    that the kernel has done with forgetting those from before."""
+    """Each connection is a host, which hears HELLO when it has said its own: what comes over one after a restore proves that
+    the kernel has done with forgetting those from before."""
 
     def __init__(self) -> None:
         self._listener = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)

@@ -171,11 +171,12 @@ class Contexts:
         self._enqueue(stream, context, self._warm(stream, context, fully))
 
     def _warm(self, stream: Stream, context: Context, fully: bool) -> Task:
-        reply: Reply = yield self.awake(context).call(_asked(context, "warm", fully=fully))
+        link = self.awake(context)
+        if fully:
+            pages.own()  # before the session: what was there stays on our account, and its limit is its user's
+        reply: Reply = yield link.call(_asked(context, "warm", fully=fully))
         if reply.error or reply.ok is None:
             raise Refused("internal", f"the session of {context.id} did not come up: {reply.error or reply.death}")
-        if fully:
-            pages.own()
         stream.end({})
 
     def _checkpoint(self, stream: Stream, context: Context) -> Task:

@@ -37,7 +37,7 @@ _LATE = frozenset({"cpus", "cpu_weight", *LIMITS} - {"memory_bytes"})
 class MicrovmHandle:
     """One live machine. `origin` is what it runs from; `_undo` gives back, in reverse, whatever its start took."""
 
-    patience = 6.0  # a guest whose kernel is emulated answers within 0.1 s on a free processor, and within seconds on a busy one
+    patience = 6.0  # an emulated guest takes 0.1 s on a free processor, and seconds on a busy one
 
     def __init__(
         self, sandbox_id: str, machine: Machine, origin: Origin, account: Account, stated: tuple[Protection, ...]

@@ -48,8 +48,8 @@ class FirecrackerMachine:
         return await asyncio.open_unix_connection(sock=channel)
 
     async def _greeted(self, patience_s: float) -> socket.socket | None:
-        """A connection with HELLO to be read. OK is no proof: a guest that was restored forgets what it accepted before it heard
-        of that, and does not say so. HELLO is: it answers ours, and over what is forgotten nothing arrives.
+        """A connection with HELLO to be read. OK is no proof: a restored guest forgets what it accepted before it heard of
+        that, and does not say so. HELLO is: it answers ours, and over what is forgotten nothing arrives.
         """
         with contextlib.ExitStack() as undo:
             channel = undo.enter_context(socket.socket(socket.AF_UNIX))
@@ -70,7 +70,6 @@ class FirecrackerMachine:
         return None
 
     def said(self) -> str:
-        """The end of its console: hostile text (H16)."""
         return self._monitor.said()
 
     async def pause(self) -> None:

@@ -135,7 +135,7 @@ class Golden:
             except TimeoutError:
                 raise SetupFailed(
                     "the guest did not come up",
-                    cause=f"no answer within {self._config.microvm_boot_timeout_s:g} s",
+                    cause=f"no answer within {self._config.microvm_boot_timeout_s:g} s\n{machine.said()[-1000:]}".strip(),
                     remediation="run `fumehood doctor`",
                 ) from None
             finally:

@@ -49,6 +49,10 @@ class Machine(Protocol):
         """-1 once it is closed."""
         ...
 
+    def said(self) -> str:
+        """The end of its console: hostile text (H16)."""
+        ...
+
     async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """To the agent; our HELLO is said, and its own is the next to be read. Waits for it as long as the machine lives.
 

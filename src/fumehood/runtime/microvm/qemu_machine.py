@@ -52,6 +52,9 @@ class QemuMachine:
     def pidfd(self) -> int:
         return self._monitor.pidfd
 
+    def said(self) -> str:
+        return self._monitor.said()
+
     async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         patience_s = _ASK_AGAIN_S
         while True:
