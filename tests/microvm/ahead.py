@@ -107,10 +107,10 @@ def _current(assets: Assets, kind: str, name: str, fact: str, value: str) -> Man
 
 def give_way() -> None:
     """To whatever else wants a processor. A niceness counts within a session only, which has one of its own (sched(7))."""
-    os.setsid()
     os.nice(19)
-    with contextlib.suppress(FileNotFoundError):  # a kernel without autogroups
-        Path("/proc/self/autogroup").write_text("19")
+    if os.getsid(0) == os.getpid():
+        with contextlib.suppress(FileNotFoundError):  # a kernel without autogroups
+            Path("/proc/self/autogroup").write_text("19")
 
 
 def make_all() -> None:
