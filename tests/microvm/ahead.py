@@ -58,19 +58,19 @@ def lacking() -> str:
 
 
 def kernel(assets: Assets, name: str) -> Manifest:
-    with _one_maker(f"kernel-{name}"):
+    with one_maker(f"kernel-{name}"):
         return _current(assets, "kernels", name, "inputs", inputs(name)) or build_kernel(assets, name)
 
 
 def image(assets: Assets, name: str) -> Manifest:
-    with _one_maker(f"image-{name}"):
+    with one_maker(f"image-{name}"):
         return _current(assets, "images", name, "agent", agent_digest()) or build_image(assets, name)
 
 
 def firecracker() -> Path:
     """Its jailer lies beside it."""
     binaries = [STATE / name for name in _SHA256]
-    with _one_maker("firecracker"):
+    with one_maker("firecracker"):
         if not all(binary.exists() for binary in binaries):
             _fetch(binaries)
     assert {b.name: hashlib.sha256(b.read_bytes()).hexdigest() for b in binaries} == _SHA256
@@ -89,7 +89,7 @@ def _fetch(binaries: list[Path]) -> None:
 
 
 @contextlib.contextmanager
-def _one_maker(name: str) -> Generator[None]:
+def one_maker(name: str) -> Generator[None]:
     """Who wants what another process is making waits for it."""
     STATE.mkdir(parents=True, exist_ok=True)
     with (STATE / f".{name}.lock").open("w") as lock:

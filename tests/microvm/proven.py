@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import ahead
 from cli.served import Served
 from fumehood.client.engine import Engine
 from fumehood.config import Config
@@ -33,8 +34,9 @@ def environment(assets: Path, tier: str = "qemu", **settings: str) -> dict[str, 
     settings = {"FUMEHOOD_AGENT_TIMEOUT_S": "60", "FUMEHOOD_UID_BASE": "300000000", **settings}
     env = {"FUMEHOOD_STATE_DIR": str(home / "state"), "FUMEHOOD_RUN_DIR": str(home / "run"), **settings}
     config = Config.load(env)
-    if not (proof := Proof.load(config, tier)).proven:
-        proof = asyncio.run(prove(config, tier))
+    with ahead.one_maker(f"proof-{tier}"):
+        if not (proof := Proof.load(config, tier)).proven:
+            proof = asyncio.run(prove(config, tier))
     assert proof.proven, proof.reason
     return env
 
