@@ -207,10 +207,12 @@ class Supervisor:
             await live.close()
 
     async def aclose(self) -> None:
-        for sandbox_id in list(self._live):
-            await self.close_sandbox(sandbox_id)
-        for runtime in self._runtimes.values():
-            await runtime.aclose()
+        """All of it, whatever one of them raises."""
+        async with contextlib.AsyncExitStack() as undo:
+            for runtime in self._runtimes.values():
+                undo.push_async_callback(runtime.aclose)
+            for sandbox_id in list(self._live):
+                undo.push_async_callback(self.close_sandbox, sandbox_id)
 
 
 def _timed(live: Live) -> Live:

@@ -9,6 +9,8 @@ from fumehood.model import ConnectionAttempt, Limits, Protection, RefusedSyscall
 from fumehood.outcome import Facts, decide, used
 from fumehood.runtime.base import Stats
 
+_LONGEST_NAME = 64
+
 
 @dataclass(frozen=True, slots=True)
 class Seen:
@@ -55,6 +57,11 @@ def result_of(done: Followed, seen: Seen, limits: Limits, protections: tuple[Pro
         connections=seen.attempts,
         protections=protections,
         timings=Timings(execute_ms=done.execute_s * 1e3),
-        context=done.end.get("context"),
+        context=_name(done.end.get("context")),
         execution_count=capture.execution_count,
     )
+
+
+def _name(said: object) -> str | None:
+    """Of a context, which is the guest's word: results are kept, and shown to others."""
+    return said if isinstance(said, str) and len(said) <= _LONGEST_NAME else None

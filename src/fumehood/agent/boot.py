@@ -16,7 +16,9 @@ from pathlib import Path
 RDONLY, NOSUID, NODEV, NOEXEC, REMOUNT, BIND = 1, 2, 4, 8, 32, 4096
 QUIET = NOSUID | NODEV | NOEXEC
 RUN, CGROUP = "/run", "/sys/fs/cgroup"
-# Owned by the user below RUN, shown elsewhere.
+# What the user can write, below a directory that only root can enter, so that it has no name but the one it is shown under:
+# file rules are mounts there, and another name would be a way around them.
+_USERS = f"{RUN}/user"
 _PLACES = {"home": ("/home/user", 0o755), "tmp": ("/tmp", 0o1777), "shm": ("/dev/shm", 0o1777)}
 WRITABLE = tuple(target for target, _ in _PLACES.values())
 _NODES = {"null": (1, 3), "zero": (1, 5), "full": (1, 7), "random": (1, 8), "urandom": (1, 9), "tty": (5, 0)}
@@ -54,10 +56,11 @@ def file_systems(uid: int) -> None:
     mount("sysfs", "/sys", "sysfs", QUIET | RDONLY)
     mount("cgroup2", CGROUP, "cgroup2", QUIET)
     mount("run", RUN, "tmpfs", NOSUID | NODEV, "mode=755")
+    os.mkdir(_USERS, 0o700)
     for name, (target, mode) in _PLACES.items():
-        os.mkdir(f"{RUN}/{name}", mode)
-        os.chown(f"{RUN}/{name}", uid, uid)
-        mount(f"{RUN}/{name}", target, flags=BIND)
+        os.mkdir(f"{_USERS}/{name}", mode)
+        os.chown(f"{_USERS}/{name}", uid, uid)
+        mount(f"{_USERS}/{name}", target, flags=BIND)
     mount("", "/", flags=REMOUNT | BIND | RDONLY | NOSUID | NODEV)
     os.umask(0o022)
 

@@ -161,7 +161,8 @@ class Machine:
         if "open_files" in new:
             self._files = wanted["open_files"]
             for pid in os.pread(self._fds["pids"], 1 << 20, 0).split():  # sessions that were forked before
-                resource.prlimit(int(pid), resource.RLIMIT_NOFILE, (self._files, self._files))
+                with contextlib.suppress(ProcessLookupError):  # it may have ended
+                    resource.prlimit(int(pid), resource.RLIMIT_NOFILE, (self._files, self._files))
         self._limits = wanted
 
     def restrict(self, rules: Rules) -> None:

@@ -27,8 +27,14 @@ from . import child, pages, python, shells, wire
 from .asked import Refused, code_and_env
 from .streams import open_streams
 
-# By itself `random` takes 2500 bytes, which an emulated kernel is 40 ms about.
-_SEEDS: Mapping[str, Callable[[], object]] = {"random": lambda: os.urandom(32), "numpy.random": lambda: None}
+_SEED_BYTES = 32
+# By itself `random` takes 2500 bytes, which an emulated kernel is 40 ms about. tempfile has one of its own.
+_SEEDS: Mapping[str, Callable[[Any], object]] = {
+    "random": lambda random: random.seed(os.urandom(_SEED_BYTES)),
+    "numpy.random": lambda numpy_random: numpy_random.seed(),
+    "ssl": lambda ssl: ssl.RAND_add(os.urandom(_SEED_BYTES), float(_SEED_BYTES)),
+    "tempfile": lambda tempfile: setattr(tempfile, "_name_sequence", None),
+}
 
 
 class Executor(Protocol):
@@ -241,7 +247,7 @@ def _reseed() -> None:
     """H20: what os.fork() does for `random`, after a machine was cloned and no process saw a fork."""
     for name, seed in _SEEDS.items():
         with contextlib.suppress(Exception):  # user code may have put anything there
-            sys.modules[name].seed(seed())
+            seed(sys.modules[name])
 
 
 def _flush() -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from fumehood.cli.show import harmless
 from fumehood.errors import FumehoodError, InvalidInput, ProtectionUnavailable, SandboxGone
 from fumehood.model import Result, Status
 
@@ -74,7 +75,7 @@ def failure_code(error: FumehoodError) -> int:
 def complain(what: str, cause: str = "", remediation: str = "") -> None:
     for label, text in (("error", what), ("cause", cause), ("help", remediation)):
         if text:
-            print(f"{label}: {text}", file=sys.stderr)
+            print(f"{label}: {harmless(text)}", file=sys.stderr)  # a machine's last words may be in it (H16)
 
 
 def _run(work: Coroutine[Any, Any, int]) -> int:

@@ -31,7 +31,8 @@ from fumehood.runtime.microvm.machine import Machine, Vmm
 from fumehood.runtime.microvm.origin import Origin
 from fumehood.runtime.microvm.places import Places, monitors
 
-_LATE = frozenset({"cpus", "cpu_weight", *LIMITS} - {"memory_bytes"})
+ACCOUNT = ("oom_kills", "pids_refused", "pids", "pids_peak", "disk_full", "disk_used_bytes")  # whatever else a guest says
+_LATE = frozenset({"cpus", "cpu_weight", *LIMITS} - {"memory_bytes", "disk_bytes"})
 
 
 class MicrovmHandle:
@@ -62,7 +63,7 @@ class MicrovmHandle:
         return identity(spec, self.sandbox_id)
 
     def told(self, account: Mapping[str, Any]) -> None:
-        self._told.update(account)
+        self._told |= {name: value for name in ACCOUNT if isinstance(value := account.get(name), int)}
 
     def stats(self) -> Stats:
         stats = self._account.reading()
@@ -82,7 +83,7 @@ class MicrovmHandle:
 
     async def limit(self, limits: Limits) -> None:
         """The host's part; the guest's part goes with the next bind. Raises InvalidInput for more memory than there is."""
-        if limits.memory_bytes > self.origin.machine.memory_bytes:
+        if machine_bytes(limits) > self.origin.machine.memory_bytes:
             raise InvalidInput("a machine's memory is what it was started with", remediation="create another sandbox")
         self._account.apply(monitors(limits, self.origin.machine.memory_bytes))
 
@@ -132,7 +133,7 @@ class MicrovmRuntime:
             )
 
     async def _run(self, origin: Origin, spec: SandboxSpec, sandbox_id: str) -> MicrovmHandle:
-        if machine_bytes(spec.limits.memory_bytes) > origin.machine.memory_bytes:
+        if machine_bytes(spec.limits) > origin.machine.memory_bytes:
             raise InvalidInput("the snapshot's machine has less memory than that", remediation="ask for less")
         async with AsyncExitStack() as undo:
             undo.enter_context(origin.held())

@@ -74,7 +74,7 @@ class Golden:
             "image": image.digest,
             "generation": image.facts["generation"],
             "boot_args": boot_args(kernel, preload, "fumehood.prestart=python"),
-            "memory_bytes": machine_bytes(spec.limits.memory_bytes),
+            "memory_bytes": machine_bytes(spec.limits),
         }
 
     async def current(self) -> dict[str, Any]:
@@ -152,9 +152,10 @@ async def _rehearse(link: Link) -> None:
         await link.call("context.warm", language="python", fully=True)
 
 
-def machine_bytes(memory_bytes: int) -> int:
-    """Of the machine in which user code may have so much."""
-    return -(-(memory_bytes + RESERVE_BYTES) // STEP_BYTES) * STEP_BYTES
+def machine_bytes(limits: Limits) -> int:
+    """Of the machine in which user code may have so much. Its disk is memory too, and files that a caller writes there are on
+    nobody's account in the guest."""
+    return -(-(limits.memory_bytes + limits.disk_bytes + RESERVE_BYTES) // STEP_BYTES) * STEP_BYTES
 
 
 def _digest(facts: Facts) -> str:

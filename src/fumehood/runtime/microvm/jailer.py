@@ -6,7 +6,6 @@ descriptor, follows no symbolic link and connects to sockets alone.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import errno
 import os
@@ -98,7 +97,7 @@ class Jail:
     async def aclose(self) -> None:
         """After the monitor's end."""
         os.close(self._fd)
-        await asyncio.to_thread(_clear, self._place.directory)
+        _clear(self._place.directory)  # not in a thread: at the interpreter's end there are none
         if self._jailer is not None and self._uid is not None:
             os.chown(self._place.directory, self._uid, self._uid)
 

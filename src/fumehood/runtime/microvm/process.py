@@ -82,7 +82,7 @@ class Monitor:
             self.kill()
             await self.ended()
             self._process.wait()
-            await self._listening
+            await asyncio.wait([self._listening])  # which may have been cancelled, with all tasks of a loop that ends
             os.close(self.pidfd)
             self.pidfd = -1
 
