@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import ahead
+
 from cli.served import Served
 from fumehood.client.engine import Engine
 from fumehood.config import Config
