@@ -28,3 +28,9 @@ def test_people_see_the_table_the_files_and_each_hostile_program(fumehood: Run) 
     assert "1.1.1.1:443" in text and "ended for memory" in text
     for word in ("wet_days", "weather.png", "fork bomb", "pids_limit", "oom"):
         assert word in text
+
+
+def test_a_tier_in_which_the_attempts_mean_nothing_is_refused(fumehood: Run) -> None:
+    for verb in (("demo",), ("demo", "escape")):
+        done = fumehood(*verb, "--tier", "firecracker")
+        assert done.returncode == 2 and "error: the demo does not mean anything" in done.stderr
