@@ -6,7 +6,7 @@ PYTEST_ARGS ?=
 
 help:
 	@echo "make demo   run the attacks of the demo in a sandbox, and show what held"
-	@echo "make test   the whole suite; as root, then its rootless part as an ordinary user"
+	@echo "make test   the whole suite; by root: as root, as an ordinary user, on microVMs. PYTEST_ARGS: only the tests it names"
 	@echo "make check  ruff and pyright"
 	@echo "make bench  measure start and run times on this machine"
 	@echo "make lock   pin every dependency anew in requirements.lock"
@@ -17,8 +17,7 @@ demo:
 
 test:
 	@tools/venv
-	@.venv/bin/python -m pytest -o faulthandler_timeout=120 $(PYTEST_ARGS)
-	@if [ "$$(id -u)" = 0 ]; then tools/rootless -o faulthandler_timeout=120; fi
+	@tools/suite $(PYTEST_ARGS)
 
 check:
 	@tools/venv

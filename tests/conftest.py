@@ -1,4 +1,4 @@
-"""What a test needs (markers `root`, `rootless`, `data`), and that CI fails when a test was skipped that should have run."""
+"""What a test needs (markers `root`, `rootless`, `data`, `microvm`); CI fails when a test was skipped that should have run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import pytest
 
-NEEDS = ("root", "rootless", "data")
+NEEDS = ("root", "rootless", "data", "microvm")
 Report = TypeVar("Report", pytest.TestReport, pytest.CollectReport)
 
 

@@ -19,6 +19,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("load")
     parts = [word for part in ("mixed", "burst", "crowd") for word in ("--only", part)]
     sizes = ["--seconds", str(SECONDS), "--sessions", str(SESSIONS), "--requests", str(REQUESTS)]
+    sizes += ["--pool-idle-s", "3"]  # a minute less of waiting for a pool that shrinks
     command = [sys.executable, "-m", "bench.load", "--force", "--out", str(out), *parts, *sizes]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr[-4000:]

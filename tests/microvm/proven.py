@@ -1,4 +1,4 @@
-"""Directories in which the tier qemu is proven, for tests of what lies above it. Its golden snapshots are kept between runs. No
+"""Directories in which a tier is proven, for tests of what lies above it. Its golden snapshots are kept between runs. No
 other tests use them, for whoever starts in a state directory removes what seems left of the dead.
 """
 
@@ -10,7 +10,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import ahead
+
 from cli.served import Served
+from fumehood.client.engine import Engine
 from fumehood.config import Config
 from fumehood.runtime.microvm.proof import Proof
 from fumehood.runtime.microvm.selftest import prove
@@ -28,13 +31,27 @@ def environment(assets: Path, tier: str = "qemu", **settings: str) -> dict[str, 
     for kind in ("kernels", "images"):
         if not (link := home / "state/microvm" / kind).is_symlink():
             link.symlink_to(assets / "microvm" / kind)
-    settings = {"FUMEHOOD_AGENT_TIMEOUT_S": "60", **settings}  # emulated guests, on a machine that runs other tests too
+    # Emulated guests, on a machine that runs other tests too, whose supervisors know of no uids taken here.
+    settings = {"FUMEHOOD_AGENT_TIMEOUT_S": "60", "FUMEHOOD_UID_BASE": "300000000", **settings}
     env = {"FUMEHOOD_STATE_DIR": str(home / "state"), "FUMEHOOD_RUN_DIR": str(home / "run"), **settings}
     config = Config.load(env)
-    if not (proof := Proof.load(config, tier)).proven:
-        proof = asyncio.run(prove(config, tier))
+    with ahead.one_maker(f"proof-{tier}"):
+        if not (proof := Proof.load(config, tier)).proven:
+            proof = asyncio.run(prove(config, tier))
     assert proof.proven, proof.reason
     return env
+
+
+@contextlib.contextmanager
+def engine(assets: Path, tier: str, **settings: str) -> Iterator[None]:
+    """Meanwhile this process's own sandboxes of that tier are machines of these directories."""
+    config = Config.load(environment(assets, tier, **settings))
+    Engine.of_this_process(config).close()  # of earlier tests, with other directories
+    ours = Engine.of_this_process(config)
+    try:
+        yield
+    finally:
+        ours.close()
 
 
 @contextlib.contextmanager

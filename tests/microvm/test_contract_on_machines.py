@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import ahead
 import proven
 import pytest
 
 from fumehood import Sandbox
-from fumehood.client.engine import Engine
-from fumehood.config import Config
 
 pytest.register_assert_rewrite("contract.test_contract")
 from contract.test_contract import *  # noqa: E402, F403
@@ -20,17 +19,14 @@ pytestmark = [pytest.mark.microvm, pytest.mark.root]
 
 @pytest.fixture(scope="module", params=["qemu", "firecracker"])
 def where(
-    request: pytest.FixtureRequest, kernel: Callable[[str], Any], image: Callable[[str], Any], cached: Any
+    request: pytest.FixtureRequest, kernel: Callable[[str], Any], image: Callable[[str], Any]
 ) -> Iterator[dict[str, Any]]:
+    is_kvm = request.param == "firecracker"
+    settings = {"FUMEHOOD_FIRECRACKER": str(request.getfixturevalue("firecracker"))} if is_kvm else {}
     image("python")
-    kernel("pvm" if request.param == "firecracker" else "stock")
-    settings = {"FUMEHOOD_FIRECRACKER": str(request.getfixturevalue("firecracker"))} if request.param == "firecracker" else {}
-    env = proven.environment(cached.directory("images", "python").parents[2], request.param, **settings)
-    config = Config.load(env)
-    Engine.of_this_process(config).close()  # of earlier tests, with other directories
-    engine = Engine.of_this_process(config)
-    yield {"tier": request.param, "url": ""}
-    engine.close()
+    kernel("pvm" if is_kvm else "stock")
+    with proven.engine(ahead.STATE, request.param, **settings):
+        yield {"tier": request.param, "url": ""}
 
 
 @pytest.fixture
