@@ -137,9 +137,10 @@ def _number(value: object) -> int | None:
 
 
 async def follow(
-    link: Link, stream: Stream, verb: str, capture: Capture, timeout_s: float, kill: Callable[[str], Any]
+    link: Link, stream: Stream, verb: str, capture: Capture, timeout_s: float, kill: Callable[[str], Any], patience: float = 1.0
 ) -> Followed:
-    """Until END, the deadline, a cap or the sandbox's end. `kill(cause)` ends the sandbox when the run can't be stopped."""
+    """Until END, the deadline, a cap or the sandbox's end. `kill(cause)` ends the sandbox when the run can't be stopped;
+    `patience`: how many times longer than usual it may take to (Handle.patience)."""
     done, is_program = Followed("end", capture, time.monotonic()), verb == "exec.start"
     try:
         async with asyncio.timeout(timeout_s):
@@ -161,7 +162,7 @@ async def follow(
         await asyncio.shield(_stop(link, stream, capture, kill, is_program, LEFT_GRACE_S))
         raise
     if done.ended in ("timeout", "output_limit"):
-        await _stop(link, stream, capture, kill, is_program, STOP_GRACE_S)
+        await _stop(link, stream, capture, kill, is_program, STOP_GRACE_S * patience)
         done.end = stream.ok  # what was changed until then is still the caller's
     done.execute_s = time.monotonic() - done.started_at
     return done

@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import fcntl
 import functools
 import os
 import socket
 import struct
+import sys
 import time
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from .loop import Refused
 
 RNDADDENTROPY = 0x40085203
 RNDRESEEDCRNG = 0x5207
 MAX_ENTROPY_BYTES = 512
+_SEED_BYTES = 32
+# By itself `random` takes 2500 bytes, which an emulated kernel is 40 ms about. tempfile has one of its own.
+_SEEDS: Mapping[str, Callable[[Any], object]] = {
+    "random": lambda random: random.seed(os.urandom(_SEED_BYTES)),
+    "numpy.random": lambda numpy_random: numpy_random.seed(),
+    "ssl": lambda ssl: ssl.RAND_add(os.urandom(_SEED_BYTES), float(_SEED_BYTES)),
+    "tempfile": lambda tempfile: setattr(tempfile, "_name_sequence", None),
+}
 
 
 def renew(clock_s: float | None, entropy: str, hostname: str) -> None:
@@ -51,3 +63,10 @@ def _reseed(seed: bytes) -> None:
 @functools.cache
 def _device() -> int:
     return os.open("/dev/urandom", os.O_WRONLY | os.O_CLOEXEC)
+
+
+def reseed() -> None:
+    """What os.fork() does for `random`, after a machine was cloned and no process saw a fork."""
+    for name, seed in _SEEDS.items():
+        with contextlib.suppress(Exception):  # user code may have put anything there
+            seed(sys.modules[name])

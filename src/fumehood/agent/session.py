@@ -11,7 +11,6 @@ Threads, child processes and running asyncio tasks are not in a checkpoint. A cl
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
 import shutil
@@ -20,21 +19,12 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn, Protocol
 
-from . import child, pages, python, shells, wire
+from . import child, identity, pages, python, shells, wire
 from .asked import Refused, code_and_env
 from .streams import open_streams
-
-_SEED_BYTES = 32
-# By itself `random` takes 2500 bytes, which an emulated kernel is 40 ms about. tempfile has one of its own.
-_SEEDS: Mapping[str, Callable[[Any], object]] = {
-    "random": lambda random: random.seed(os.urandom(_SEED_BYTES)),
-    "numpy.random": lambda numpy_random: numpy_random.seed(),
-    "ssl": lambda ssl: ssl.RAND_add(os.urandom(_SEED_BYTES), float(_SEED_BYTES)),
-    "tempfile": lambda tempfile: setattr(tempfile, "_name_sequence", None),
-}
 
 
 class Executor(Protocol):
@@ -130,7 +120,7 @@ class Session:
             if verb is None:
                 raise Refused("invalid", f"no verb {request.get('verb')!r} here: there is {', '.join(verbs)}")
             if request.get("reseed"):
-                _reseed()
+                identity.reseed()
             verb(request)
         except Refused as e:
             self._end({"error": {"code": e.code, "message": str(e)}})
@@ -241,13 +231,6 @@ class Session:
         if isinstance(self._executor, python.Python):
             self._executor.loop.forget()
         self.serve()
-
-
-def _reseed() -> None:
-    """H20: what os.fork() does for `random`, after a machine was cloned and no process saw a fork."""
-    for name, seed in _SEEDS.items():
-        with contextlib.suppress(Exception):  # user code may have put anything there
-            seed(sys.modules[name])
 
 
 def _flush() -> None:

@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import fumehood
-from fumehood.agent import wire
 from fumehood.config import Config
 from fumehood.errors import CapacityExceeded, InvalidTransition, ProtectionUnavailable
 from fumehood.events import Event
 from fumehood.model import Enforcement, Limits, Protection, SandboxSpec, Usage
 from fumehood.runtime import tree
-from fumehood.runtime.base import Capabilities, Stats, missing
+from fumehood.runtime.base import GREETING, Capabilities, Stats, missing
 
 _NAMES = (
     *("pid-namespace", "mount-namespace", "network-namespace", "uts-namespace", "ipc-namespace", "user-namespace"),
@@ -70,7 +69,7 @@ class FakeHandle:
             raise InvalidTransition("this sandbox is connected already", cause="connect() can be called once")
         self._connected = True
         reader, writer = await asyncio.open_unix_connection(sock=self._channel)
-        writer.write(wire.GREETING)
+        writer.write(GREETING)
         return reader, writer
 
     async def pause(self) -> None:

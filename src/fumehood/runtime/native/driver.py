@@ -11,12 +11,11 @@ from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from typing import Any
 
-from fumehood.agent import wire
 from fumehood.config import Config
 from fumehood.errors import AgentUnresponsive, SetupFailed
 from fumehood.events import Event, ZygoteLost
 from fumehood.model import Limits, Protection, SandboxSpec, Template
-from fumehood.runtime.base import Capabilities, Stats, check_required
+from fumehood.runtime.base import GREETING, Capabilities, Stats, check_required
 from fumehood.runtime.host import accounting, journal
 from fumehood.runtime.host.pidfd import kill
 from fumehood.runtime.host.uids import UidBlock
@@ -44,7 +43,7 @@ class NativeHandle:
 
     async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         reader, writer = await asyncio.open_unix_connection(sock=self._channel)
-        writer.write(wire.GREETING)
+        writer.write(GREETING)
         return reader, writer
 
     async def pause(self) -> None:
