@@ -35,10 +35,11 @@ LIMITS: dict[str, Any] = {"memory_bytes": 64 * MIB, "disk_bytes": 16 * MIB, "tim
 
 def environment(request: pytest.FixtureRequest, tier: str) -> dict[str, str]:
     """Settings as variables, of directories in which it is proven."""
+    # First what this host may lack: then nothing is compiled for it.
+    settings = {"FUMEHOOD_FIRECRACKER": str(request.getfixturevalue("firecracker"))} if tier == "firecracker" else {}
     request.getfixturevalue("image")("python")
     request.getfixturevalue("kernel")("pvm" if tier == "firecracker" else "stock")
     cached = request.getfixturevalue("cached").directory("images", "python").parents[2]
-    settings = {"FUMEHOOD_FIRECRACKER": str(request.getfixturevalue("firecracker"))} if tier == "firecracker" else {}
     return proven.environment(cached, tier, **settings)
 
 
