@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from fumehood.errors import CapacityExceeded, InvalidInput, SetupFailed
+from fumehood.runtime.microvm.removal import remove
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -171,7 +172,8 @@ def _unfinished(parent: Path) -> Generator[Path]:
         yield made
     finally:
         os.close(lock)
-        shutil.rmtree(made, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            remove(made)
 
 
 def _sweep(parent: Path) -> None:
@@ -180,7 +182,7 @@ def _sweep(parent: Path) -> None:
             lock = os.open(left, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             with contextlib.suppress(BlockingIOError):  # somebody is making it
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(left)
+                remove(left)
             os.close(lock)
 
 
