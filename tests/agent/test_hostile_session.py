@@ -9,6 +9,16 @@ from .conftest import Client
 pytestmark = pytest.mark.rootless
 SESSION = "import gc\nsession = next(o for o in gc.get_objects() if type(o).__name__ == 'Session')\n"
 
+NAMES = """\
+import os
+home = os.getcwd()
+for _ in range(15):
+    os.mkdir(b"\\xff" * 240)
+    os.chdir(b"\\xff" * 240)
+for n in range(1000):
+    open(b"\\xff" * 100 + b"%d" % n, "w").close()
+os.chdir(home)"""
+
 
 def goes_on(agent: Client) -> None:
     assert agent.sh("echo on").stdout == "on\n"
@@ -46,15 +56,22 @@ session._control.sendall(wire.encode(session._stream, wire.END, json.dumps(said,
 
 def test_a_run_that_changed_files_with_names_too_long_for_a_frame_ends_all_the_same(agent: Client) -> None:
     """A byte that is no UTF-8 takes six."""
-    names = """
-import os
-home = os.getcwd()
-for _ in range(15):
-    os.mkdir(b"\\xff" * 240)
-    os.chdir(b"\\xff" * 240)
-for n in range(1000):
-    open(b"\\xff" * 100 + b"%d" % n, "w").close()
-os.chdir(home)"""
-    answer = agent.run(names)
+    answer = agent.run(NAMES)
+    assert answer.error is not None and "over" in answer.error["message"]
+    goes_on(agent)
+
+
+@pytest.mark.parametrize("odd", ["", "x"])
+def test_a_program_whose_name_is_cut_in_the_middle_of_a_character_is_not_found(agent: Client, odd: str) -> None:
+    answer = agent.call("exec.start", argv=[odd + "\u00e9" * 150])
+    assert answer.error is not None and answer.error["code"] in ("not_found", "invalid")
+    answer = agent.call("exec.start", argv=["true"], cwd="/" + odd + "\u00e9" * 150)
+    assert answer.error is not None and answer.error["code"] == "invalid"
+    goes_on(agent)
+
+
+def test_a_program_that_changed_files_with_names_too_long_for_a_frame_ends_all_the_same(agent: Client) -> None:
+    assert agent.run("import os, sys\nopen('code.py', 'w').write(" + repr(NAMES) + ")").ok
+    answer = agent.call("exec.start", argv=["python3", "code.py"])
     assert answer.error is not None and "over" in answer.error["message"]
     goes_on(agent)
