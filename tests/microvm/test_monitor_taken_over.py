@@ -26,6 +26,8 @@ from fumehood.runtime.microvm.places import Places
 from fumehood.runtime.microvm.process import Monitor
 from http_server import clean_env
 
+pytestmark = pytest.mark.rootless
+
 DEEPER = "import os\nfor _ in range(3000):\n    os.mkdir('d')\n    os.chdir('d')\nopen('f', 'w')"  # than Python recurses
 
 

@@ -94,7 +94,7 @@ class Assets:
         target = self.directory(kind, name)
         target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         _sweep(target.parent)
-        _check_space(target.parent, need_bytes)
+        check_space(target.parent, need_bytes)
         with _unfinished(target.parent) as made, _full_disk(name):
             facts = make(made)
             seen = {(s.inode, s.size_bytes, s.mtime_ns): s for manifest in known for s in manifest.files.values()}
@@ -142,7 +142,8 @@ def _unusable(kind: str, name: str, directory: Path, cause: str) -> SetupFailed:
     return SetupFailed(what, cause=cause, remediation=f"run: {how}", name=name)
 
 
-def _check_space(directory: Path, need_bytes: int) -> None:
+def check_space(directory: Path, need_bytes: int) -> None:
+    """Raises CapacityExceeded when the disk has less than that and a reserve."""
     free = shutil.disk_usage(directory).free
     if free < need_bytes + RESERVE_BYTES:
         raise CapacityExceeded(
