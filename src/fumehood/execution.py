@@ -92,12 +92,12 @@ class Capture:
                     self.sinks.result(result)
             case "error":
                 self.error = CodeError(*(str(event.get(k, ""))[:cap] for k, cap in _ERROR_CAPS.items()))
-            case "count" if isinstance(event.get("execution_count"), int):
-                self.execution_count = event["execution_count"]
+            case "count" if (count := _number(event.get("execution_count"))) is not None:
+                self.execution_count = count
             case "account":
                 self.account = event
-            case "started" if isinstance(event.get("pid"), int):
-                self.pid = event["pid"]
+            case "started" if (pid := _number(event.get("pid"))) is not None:
+                self.pid = pid
             case _:
                 pass  # a later generation's event, or noise: neither may harm
 
@@ -133,7 +133,8 @@ class Followed:
 
 
 def _number(value: object) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+    """One that every language has: JSON allows thousands of digits."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 53 else None
 
 
 async def follow(

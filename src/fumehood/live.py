@@ -206,6 +206,8 @@ class Live:
         old, self.handle = self.handle, handle
         old_link, self.link = self.link, link
         old_link.detach(cause)
+        if self.gone_because:  # since the caller looked: it was the old one that was killed then
+            await handle.kill()
         await old.kill()
         await self._put_away(old, old_link)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,8 +16,11 @@ OLD_S = 1_000_000_000
 
 
 @pytest.fixture
-def home(tmp_path: Path) -> Path:
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Empty for some ticks of the clock."""
+    monkeypatch.setattr(changes, "_TICK_S", 0.02)
     os.utime(tmp_path, (OLD_S, OLD_S))
+    time.sleep(0.05)
     return tmp_path
 
 
@@ -38,9 +42,10 @@ def test_an_empty_workspace_is_not_walked_again(workspace: changes.Workspace, mo
         lambda home: (home / "new").write_text("x"),
         lambda home: (home / "new").symlink_to("/nowhere"),
         lambda home: [(home / "sub").mkdir(), (home / "sub/new").write_text("x")],
+        lambda home: [(home / "new").write_text("x"), os.utime(home, (OLD_S, OLD_S))],
         lambda home: [os.rename(home, home.with_name("old")), home.mkdir(), (home / "new").write_text("x")],
     ],
-    ids=["file", "link", "below a directory", "another directory"],
+    ids=["file", "link", "below a directory", "mtime put back", "another directory"],
 )
 def test_whatever_comes_into_an_empty_workspace_is_seen(
     workspace: changes.Workspace, home: Path, change: Callable[[Path], object]

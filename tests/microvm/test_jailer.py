@@ -140,7 +140,7 @@ async def test_without_a_jailer_the_tier_can_say_so_and_the_monitor_has_a_uid(fi
         binary = vms.copied(firecracker, directory)
         assert Firecracker(binary).jailed == ""
         jail = Jail(where, binary, None)
-        monitor = Monitor.start(jail.command, where)
+        monitor = Monitor.start(jail.command, where, file_bytes=vms.MIB)
         api = Api(monitor, jail)
         try:
             with pytest.raises(Fault, match=r"(?i)invalid|unknown|not supported"):  # it is there, and answers
@@ -190,7 +190,7 @@ async def test_an_answer_that_is_none_of_firecrackers_is_a_fault(scratch: Path, 
 
     with vms.place(scratch, None) as where:
         jail = Jail(where, Path("/bin/firecracker"), None)
-        monitor = Monitor.start(["sleep", "0.1"], where)
+        monitor = Monitor.start(["sleep", "0.1"], where, file_bytes=0)
         try:
             async with await asyncio.start_unix_server(hostile, where.directory / API):
                 with pytest.raises(Fault, match="PATCH /vm"):
@@ -203,7 +203,7 @@ async def test_an_answer_that_is_none_of_firecrackers_is_a_fault(scratch: Path, 
 async def test_one_that_never_answers_is_given_up(scratch: Path) -> None:
     with vms.place(scratch, None) as where:
         jail = Jail(where, Path("/bin/firecracker"), None)
-        monitor = Monitor.start(["sleep", "600"], where)
+        monitor = Monitor.start(["sleep", "600"], where, file_bytes=0)
         try:
             with pytest.raises(Fault, match="no answer within"):
                 await Api(monitor, jail).ask("PATCH /vm", {"state": "Paused"}, 0.05)

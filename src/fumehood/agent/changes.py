@@ -34,19 +34,19 @@ class Workspace:
 
     def __init__(self, home: str) -> None:
         self._home = home
-        self._empty: tuple[int, int] | None = None  # its inode and mtime when nothing was in it
+        self._empty: tuple[int, int] | None = None  # its inode and ctime when nothing was in it
 
     def scan(self) -> Scan:
         try:
             before = os.stat(self._home)
         except OSError:  # gone, which some tiers can't prevent
             return scan(self._home)
-        seen = (before.st_ino, before.st_mtime_ns)
+        seen = (before.st_ino, before.st_ctime_ns)  # not mtime, which utime(2) can put back
         if seen == self._empty:
             return _NOTHING
         found = scan(self._home)
         # Two links: no directory in it. A time stamp is as fine as the kernel's tick, so a fresh one could hide a change.
-        is_empty = found == _NOTHING and before.st_nlink == 2 and abs(time.time() - before.st_mtime) > _TICK_S
+        is_empty = found == _NOTHING and before.st_nlink == 2 and abs(time.time() - before.st_ctime) > _TICK_S
         self._empty = seen if is_empty else None
         return found
 

@@ -21,6 +21,7 @@ from .session import languages, session_main
 CONTEXT_ID = re.compile(r"[a-z][a-z0-9]{3,31}\Z")  # model.ID_PATTERN, which the agent can't import (H14)
 CANCEL_GRACE_S = 0.1  # the host has a deadline to keep (H17)
 INTERRUPT_GRACE_S = 2.0  # the caller wants to keep the state, and IPython's first traceback alone takes over 0.1 s
+PID_MAX = 1 << 22  # no kernel has more (proc(5), pid_max); a number that C can't hold would end the agent
 OUTCOMES = ("ok", "error", "interrupted")
 
 
@@ -249,7 +250,7 @@ class Contexts:
         if reply.error:
             raise Refused(reply.error["code"], reply.error["message"])
         pid = (reply.ok or {}).get("pid")
-        if reply.control is None or not isinstance(pid, int) or pid <= 1 or pid in self._children:
+        if reply.control is None or not isinstance(pid, int) or not 1 < pid < PID_MAX or pid in self._children:
             if reply.control:
                 reply.control.close()
             raise Refused("not_found", "the process that would have been copied is gone or does not answer properly")

@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import os
 import resource
+import select
 import struct
 import traceback
 from collections.abc import Callable, Generator, Mapping
@@ -138,7 +139,10 @@ class Machine:
         boot.mount(f"{boot.RUN}/boot-id", "/proc/sys/kernel/random/boot_id", flags=boot.BIND)
         self._fds["pids"] = os.open(f"{GROUP}/cgroup.procs", os.O_RDONLY | os.O_CLOEXEC)
         self._rules: Rules = {}
-        self._oom_kills = self._pids_refused = 0
+        self._changed = select.poll()
+        for name in ("memory.events", "pids.events"):
+            self._changed.register(self._fds[name], select.POLLPRI)
+        self._oom_kills = self._pids_refused = self._ooms_before = self._refused_before = 0
         self._limits, self._most_bytes = dict[str, int](), boot.memory_total_bytes() - RESERVE_BYTES
         self.limit({})
         self.renew()
@@ -182,25 +186,35 @@ class Machine:
         for file, text in {"boot-id": boot_id, "machine-id": random[32:], "hostname": name}.items():
             os.pwrite(self._ids[file], f"{text}\n".encode(), 0)
         os.ftruncate(self._ids["hostname"], len(name) + 1)
+        self._look(self._number("pids.peak"))
+        self._ooms_before, self._refused_before = self._oom_kills, self._pids_refused
 
     def account(self) -> dict[str, int | bool]:
-        """What only this kernel knows of user code's fate, since boot; its word is good enough for its own guest.
-
-        What was killed or refused is read only if a limit was ever come near to: text of several lines is slow to make.
+        """What only this kernel knows of user code's fate, since it is this user's: what befell the one whose clone this is
+        would be told as the clone's. Its word is good enough for its own guest.
         """
         disk, peak = os.statvfs(boot.RUN), self._number("pids.peak")
-        if self._number("memory.peak") > self._limits["memory_bytes"] - _NEAR_BYTES:
-            self._oom_kills = self._count("memory.events", "oom_kill")
-        if peak >= self._limits["pids"]:
-            self._pids_refused = self._count("pids.events", "max")
+        self._look(peak)
         return {
-            "oom_kills": self._oom_kills,
-            "pids_refused": self._pids_refused,
+            "oom_kills": self._oom_kills - self._ooms_before,
+            "pids_refused": self._pids_refused - self._refused_before,
             "pids": self._number("pids.current"),
             "pids_peak": peak,
             "disk_full": disk.f_bavail == 0 or disk.f_favail == 0,
             "disk_used_bytes": (disk.f_blocks - disk.f_bfree) * disk.f_frsize,
         }
+
+    def _look(self, pids_peak: int) -> None:
+        """What was killed or refused is read only if there is news, or may be: text of several lines is slow to make. That a
+        limit was come near to says too little, for the whole machine can be out of memory before; and the kernel tells of news
+        at most once a tick.
+        """
+        changed = {fd for fd, _ in self._changed.poll(0)}
+        is_near = self._number("memory.peak") > self._limits["memory_bytes"] - _NEAR_BYTES
+        if is_near or self._fds["memory.events"] in changed:
+            self._oom_kills = self._count("memory.events", "oom_kill")
+        if pids_peak >= self._limits["pids"] or self._fds["pids.events"] in changed:
+            self._pids_refused = self._count("pids.events", "max")
 
     def confine(self) -> None:
         """In every child, last thing before user code. Raises OSError, and then nothing of the user's runs."""

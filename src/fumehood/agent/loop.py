@@ -23,6 +23,7 @@ from . import wire
 OUT_LIMIT = 1 << 20
 RESUME_BELOW = 1 << 18
 DEAF_ABOVE = 8 * OUT_LIMIT  # a host that asks and never reads is not listened to either
+MESSAGE_CHARS = 4096  # of an error: some have what user code says in them
 RECV_BYTES = 1 << 16  # more would be mapped and unmapped for each recv() (mallopt(3), M_MMAP_THRESHOLD)
 
 Task = Generator[Optional["Later"], Any, None]
@@ -43,7 +44,7 @@ class Refused(Exception):
 
     def __init__(self, code: str, message: str, errno: str = "") -> None:
         super().__init__(message)
-        self.error = {"code": code, "message": message, **({"errno": errno} if errno else {})}
+        self.error = {"code": code, "message": message[:MESSAGE_CHARS], **({"errno": errno} if errno else {})}
 
 
 def refusal(e: Exception) -> Refused:
@@ -108,11 +109,12 @@ class Stream:
 
     def _end(self, value: dict[str, Any]) -> None:
         if not self.ended:
+            end = wire.encode_json(self.number, wire.END, value)  # first: of what is too large an error is the end
             self.ended = True
             self.loop.streams.pop(self.number, None)
             if self.last_event is not None:
                 self.loop.send(wire.encode_json(self.number, wire.EVENT, self.last_event()))
-            self.loop.send(wire.encode_json(self.number, wire.END, value))
+            self.loop.send(end)
 
     @contextmanager
     def answering(self) -> Generator[None, None, None]:

@@ -109,7 +109,7 @@ class Processes:
         report = os.read(failure, 200)
         os.close(failure)
         if report:
-            self._finish(process, _explain(report.decode(), process))
+            self._finish(process, _explain(report.decode(errors="replace"), process))
             return
         self._live[process.pid] = process
         for stream in process.followers:
@@ -129,9 +129,9 @@ class Processes:
     def _finish(self, process: Process, outcome: dict[str, Any] | Refused) -> None:
         process.close()
         for stream in process.followers:
-            if isinstance(outcome, Refused):
-                stream.fail(outcome)
-            else:
+            with stream.answering():  # what was changed may be too much for a frame
+                if isinstance(outcome, Refused):
+                    raise outcome
                 stream.end(outcome)
 
     def attach(self, stream: Stream, pid: int) -> None:

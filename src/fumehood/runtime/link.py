@@ -110,11 +110,11 @@ def setup_failure(data: bytes) -> FumehoodError:
 
 def _setup_failed(hello: dict[str, Any]) -> FumehoodError:
     failed = wire.table(hello.get("setup_failed"))
-    cause = str(failed.get("message"))
-    if failed.get("step") == "file-rules":  # the only step that does what its caller asked for
+    cause, step = str(failed.get("message"))[:4096], str(failed.get("step"))[:64]
+    if step == "file-rules":  # the only step that does what its caller asked for
         said = "what the policy says of files can't hold (step file-rules)"
         return PolicyError(said, cause=cause, remediation="correct files of the policy")
-    return SetupFailed(f"step {failed.get('step')} of the recipe failed", cause=cause)
+    return SetupFailed(f"step {step} of the recipe failed", cause=cause)
 
 
 def _error(error: dict[str, Any]) -> FumehoodError:
@@ -132,7 +132,6 @@ class Link:
         self._space, self._sending = asyncio.Event(), asyncio.Lock()
         self._space.set()
         self._task: asyncio.Task[None] | None = None
-        self.hello: dict[str, Any] = {}
         self.lost, self.detached = "", False
 
     async def start(self, timeout_s: float) -> None:
@@ -146,12 +145,12 @@ class Link:
             raise SandboxGone("the sandbox ended before its agent spoke") from None
         if frame.kind != wire.HELLO:
             raise WireError("the agent's first frame is not HELLO")
-        self.hello = self.checked_json(frame)
-        if "setup_failed" in self.hello:
-            raise _setup_failed(self.hello)
-        generation = self.hello.get("generation")
+        hello = self.checked_json(frame)  # not kept: a guest's that was taken over may be 100 MB of objects (H15)
+        if "setup_failed" in hello:
+            raise _setup_failed(hello)
+        generation = hello.get("generation")
         if not isinstance(generation, int) or generation < wire.GENERATION:
-            raise WireError(f"the agent speaks generation {generation!r}, this host needs {wire.GENERATION}")
+            raise WireError(f"the agent speaks generation {generation!r:.20}, this host needs {wire.GENERATION}")
         self._task = asyncio.create_task(self._receive())
 
     async def open(self, verb: str, **arguments: Any) -> Stream:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from fumehood.errors import CapacityExceeded, InvalidInput, SetupFailed
+from fumehood.runtime.microvm.removal import remove
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -93,7 +94,7 @@ class Assets:
         target = self.directory(kind, name)
         target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         _sweep(target.parent)
-        _check_space(target.parent, need_bytes)
+        check_space(target.parent, need_bytes)
         with _unfinished(target.parent) as made, _full_disk(name):
             facts = make(made)
             seen = {(s.inode, s.size_bytes, s.mtime_ns): s for manifest in known for s in manifest.files.values()}
@@ -141,7 +142,8 @@ def _unusable(kind: str, name: str, directory: Path, cause: str) -> SetupFailed:
     return SetupFailed(what, cause=cause, remediation=f"run: {how}", name=name)
 
 
-def _check_space(directory: Path, need_bytes: int) -> None:
+def check_space(directory: Path, need_bytes: int) -> None:
+    """Raises CapacityExceeded when the disk has less than that and a reserve."""
     free = shutil.disk_usage(directory).free
     if free < need_bytes + RESERVE_BYTES:
         raise CapacityExceeded(
@@ -171,7 +173,8 @@ def _unfinished(parent: Path) -> Generator[Path]:
         yield made
     finally:
         os.close(lock)
-        shutil.rmtree(made, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            remove(made)
 
 
 def _sweep(parent: Path) -> None:
@@ -180,7 +183,7 @@ def _sweep(parent: Path) -> None:
             lock = os.open(left, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             with contextlib.suppress(BlockingIOError):  # somebody is making it
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(left)
+                remove(left)
             os.close(lock)
 
 

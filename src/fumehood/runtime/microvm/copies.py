@@ -12,7 +12,7 @@ from pathlib import Path
 from fumehood.config import Config
 from fumehood.errors import CapacityExceeded, Conflict, NotFound, SetupFailed
 from fumehood.runtime.base import SnapshotFacts
-from fumehood.runtime.microvm.assets import Assets, Facts, Manifest
+from fumehood.runtime.microvm.assets import Assets, Facts, Manifest, check_space
 from fumehood.runtime.microvm.machine import Machine
 from fumehood.runtime.microvm.origin import BASE, Origin, link, of_asset
 from fumehood.runtime.microvm.places import Places
@@ -69,7 +69,8 @@ class Copies:
 
     @asynccontextmanager
     async def passing(self, machine: Machine, origin: Origin, *, paused: bool) -> AsyncGenerator[Origin]:
-        """A copy for machines that are started in here."""
+        """A copy for machines that are started in here. Raises CapacityExceeded."""
+        await asyncio.to_thread(check_space, self._places.directory, origin.facts["memory_bytes"])
         directory = self._places.directory / f"f{secrets.token_hex(5)}"
         directory.mkdir(0o700)
         copied = Origin(directory, origin.facts, origin.source)

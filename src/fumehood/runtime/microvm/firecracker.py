@@ -54,7 +54,7 @@ class Firecracker:
         return self._checked[key]
 
     async def boot(self, spec: MachineSpec, place: Place) -> FirecrackerMachine:
-        async with self._started(place) as machine:
+        async with self._started(spec, place) as machine:
             files = {KERNEL: spec.kernel, ROOTFS: spec.rootfs} | ({INITRD: spec.initrd} if spec.initrd else {})
             for name, path in files.items():
                 machine.jail.link(name, path)
@@ -73,7 +73,7 @@ class Firecracker:
         return machine
 
     async def restore(self, spec: MachineSpec, snapshot: Path, place: Place) -> FirecrackerMachine:
-        async with self._started(place) as machine:
+        async with self._started(spec, place) as machine:
             machine.jail.link(ROOTFS, spec.rootfs)
             machine.base = _linked(snapshot, machine.jail)
             _check_size(os.fstat(machine.base).st_size, spec)
@@ -85,14 +85,14 @@ class Firecracker:
         return machine
 
     @contextlib.asynccontextmanager
-    async def _started(self, place: Place) -> AsyncGenerator[FirecrackerMachine]:
+    async def _started(self, spec: MachineSpec, place: Place) -> AsyncGenerator[FirecrackerMachine]:
         """A monitor without a guest, ended by whatever its caller raises. Raises SetupFailed."""
         await self.version()
         binary = self._binary()
         jail = Jail(place, binary, _jailer(binary))
         async with contextlib.AsyncExitStack() as undo:
             undo.push_async_callback(jail.aclose)
-            monitor = Monitor.start(jail.command, place)
+            monitor = Monitor.start(jail.command, place, file_bytes=spec.memory_bytes)
             machine = FirecrackerMachine(monitor, jail)
             undo.pop_all()
             undo.push_async_callback(machine.aclose)

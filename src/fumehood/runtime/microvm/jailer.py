@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import shutil
 import stat
 from collections.abc import Generator
 from pathlib import Path
 
 from fumehood.errors import CapacityExceeded, SetupFailed
 from fumehood.runtime.microvm.machine import Place
+from fumehood.runtime.microvm.removal import remove
 
 API = "api"
 _ID = "vm"  # the directory is one machine's alone
@@ -118,7 +118,4 @@ def _made(base: int, names: tuple[str, ...]) -> int:
 def _clear(directory: Path) -> None:
     with os.scandir(directory) as entries:
         for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
-                shutil.rmtree(entry.path)
-            else:
-                os.unlink(entry.path)
+            remove(entry.path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import shutil
 from collections.abc import AsyncGenerator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from fumehood.runtime.host import accounting, journal
 from fumehood.runtime.host.accounting import Account
 from fumehood.runtime.host.uids import UidBlock
 from fumehood.runtime.microvm.machine import Place
+from fumehood.runtime.microvm.removal import remove
 
 # What a monitor has beside its guest's memory: its own heap, device buffers, page tables, translated code (QEMU).
 OVERHEAD_BYTES = 192 * MIB
@@ -49,13 +49,13 @@ class Places:
             undo.callback(account.close)
             directory = self.directory / name
             directory.mkdir(0o700)
-            undo.callback(shutil.rmtree, directory)
+            undo.callback(remove, directory)
             if uid is not None:
                 os.chown(directory, uid, uid)
             yield Place(name, directory, uid, account.door_files(), limits.io_read_bps), account
 
     def aclose(self) -> None:
-        shutil.rmtree(self.directory)
+        remove(self.directory)
         accounting.remove_instance(self.layout, self._instance.name)
         if self._uids:
             self._uids.close()
@@ -70,4 +70,4 @@ def monitors(limits: Limits, memory_bytes: int) -> Limits:
 def _sweep(machines: Path, alive: Path) -> None:
     for left in machines.iterdir():
         if not (alive / left.name).exists():
-            shutil.rmtree(left)
+            remove(left)

@@ -18,8 +18,9 @@ from fumehood.runtime.microvm.machine import Place
 CONSOLE_BYTES = 8 << 10  # of what a guest says on its serial port: enough for a panic
 _LAST_WORDS_S = 1.0
 _ENVIRON = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C", "HOME": "/nonexistent"}
-# Arguments: doors, "--", the command. A process that moves itself waits for nobody; moved by us it would take 6 ms a hierarchy.
-_LIMITS = "ulimit -c 0 && ulimit -n 1024 && ulimit -l 0 || exit 125; "  # by the shell: prlimit would be one more execve
+# Arguments: the largest file in blocks of 512 bytes (sh(1)), doors, "--", the command.
+# A process that moves itself waits for nobody; moved by us it would take 6 ms a hierarchy.
+_LIMITS = 'ulimit -c 0 && ulimit -n 1024 && ulimit -l 0 && ulimit -f "$1" || exit 125; shift; '  # prlimit: one more execve
 _ENTER = _LIMITS + 'while [ "$1" != -- ]; do echo 0 > "$1" || exit 125; shift; done; shift; exec "$@"'
 _NAMESPACES = ("unshare", "--net", "--ipc", "--uts", "--")
 # --pdeathsig: of those that change no uid afterwards, which takes it off (commit_creds()); root's are found by their groups.
@@ -37,10 +38,12 @@ class Monitor:
         self._listening = asyncio.create_task(self._listen(process.stdout))
 
     @classmethod
-    def start(cls, command: Sequence[str], place: Place, *, pass_fds: Sequence[int] = ()) -> Monitor:
-        """`command` in the place's directory. Raises SetupFailed."""
+    def start(cls, command: Sequence[str], place: Place, *, file_bytes: int, pass_fds: Sequence[int] = ()) -> Monitor:
+        """`command` in the place's directory. `file_bytes`: the largest file that it may make, for we read what it has made, to
+        the end. Raises SetupFailed.
+        """
         jail = (*(_NAMESPACES if place.uid is not None else ()), *_PRIVILEGES)
-        argv = ["/bin/sh", "-c", _ENTER, "sh", *place.doors, "--", *jail, *command]
+        argv = ["/bin/sh", "-c", _ENTER, "sh", str(file_bytes // 512), *place.doors, "--", *jail, *command]
         try:
             process = subprocess.Popen(
                 argv,

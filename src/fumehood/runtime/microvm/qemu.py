@@ -66,7 +66,8 @@ class Qemu:
             undo.push_async_callback(qmp.aclose)
             with theirs:
                 told = qemu_command.command(binary, version, self._accel, spec, place, role, theirs.fileno())
-                monitor = Monitor.start(told, place, pass_fds=(theirs.fileno(), *pass_fds))
+                fds = (theirs.fileno(), *pass_fds)
+                monitor = Monitor.start(told, place, file_bytes=spec.memory_bytes, pass_fds=fds)
             undo.push_async_callback(monitor.aclose)
             try:
                 await qmp.start()

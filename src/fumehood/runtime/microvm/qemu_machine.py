@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import errno
 import os
-import shutil
 import socket
 import tempfile
 from collections.abc import Awaitable, Callable, Generator, Sequence
@@ -26,6 +25,7 @@ from fumehood.runtime.microvm import serial, sparse
 from fumehood.runtime.microvm.machine import CHANNEL, MEMORY, STATE, MachineSpec, Place
 from fumehood.runtime.microvm.process import Monitor
 from fumehood.runtime.microvm.qmp import Qmp, QmpEnded, QmpFault
+from fumehood.runtime.microvm.removal import remove
 
 _LAST_WORDS_S = 10.0
 _ASK_AGAIN_S, _HANG_UP_S = 5.0, 0.05
@@ -142,7 +142,7 @@ class QemuMachine:
         async with AsyncExitStack() as undo:
             # Not in the machine's own directory, where a QEMU that was taken over could exchange it for a link.
             work = Path(tempfile.mkdtemp(prefix="copy-", dir=directory))
-            undo.callback(shutil.rmtree, work, ignore_errors=True)
+            undo.callback(remove, work)
             if self._place.uid is not None:
                 os.chown(work, self._place.uid, self._place.uid)
             ours, theirs = map(undo.enter_context, socket.socketpair())

@@ -51,6 +51,8 @@ def _zeros(fd: int) -> Iterator[tuple[int, int]]:
         run = block = start
         while block < end:
             data = os.pread(fd, min(BLOCK_BYTES - block % BLOCK_BYTES, end - block), block)
+            if not data:
+                raise OSError(errno.EIO, "the file has become shorter while it was read")  # a monitor's, which may do so
             if data != zeros[: len(data)]:
                 if run < block:
                     yield run, block
