@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import os
 import shutil
 import subprocess
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -55,7 +57,7 @@ async def _prepare(tier: str, template: str, install: bool, as_json: bool) -> in
             f"nothing to prepare for the tier {tier!r}", cause=f"known: {', '.join(MICROVM)}", remediation="name one"
         )
     config, started = dataclasses.replace(Config.load(), url=""), time.monotonic()
-    with progress(not as_json) as step:
+    with progress(not as_json) as step, _stoppable(step) as step:
         preparation = Preparation(config, tier, template, install, step)
         proof = await preparation.proved()
         create_ms = await preparation.first_sandboxes()
@@ -70,6 +72,23 @@ async def _prepare(tier: str, template: str, install: bool, as_json: bool) -> in
     }
     exits.print_json(row) if as_json else print(_in_words(row))
     return 0
+
+
+@contextlib.contextmanager
+def _stoppable(step: Step) -> Generator[Step]:
+    """Work in a thread hears of SIGTERM at its next step: unlike Ctrl-C that arrives at no compiler, whose end would be its."""
+    stopped = threading.Event()
+
+    def checked(text: str, done: int, total: int) -> None:
+        if stopped.is_set():
+            raise InterruptedError("stopped")
+        step(text, done, total)
+
+    try:
+        yield checked
+    except asyncio.CancelledError:
+        stopped.set()
+        raise
 
 
 def _in_words(row: dict[str, Any]) -> str:

@@ -102,7 +102,7 @@ def _template(wanted: str | Template | TemplateSection) -> Template:
         raise PolicyError(
             f"no template is named {wanted[:64]!r}; {nearest(wanted, list(TEMPLATES))}",
             cause=f"builtin templates: {', '.join(TEMPLATES)}",
-            remediation="use one of them, or describe your own with preload, root or mounts",
+            remediation="use one of them, or describe your own with preload (an image of yours: preload = []), root or mounts",
         )
     return TEMPLATES[wanted]
 

@@ -138,7 +138,7 @@ def check_required(required: frozenset[str], protections: Sequence[Protection]) 
         raise ProtectionUnavailable(
             "required protections can't be enforced: " + ", ".join(p.name for p in lacking),
             cause="; ".join(f"{p.name} is {p.state}: {p.detail}" for p in lacking),
-            remediation="; ".join(p.fix for p in lacking if p.fix) or "see `fumehood doctor`",
+            remediation="; ".join(dict.fromkeys(p.fix for p in lacking if p.fix)) or "see `fumehood doctor`",
         )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,7 @@ from fumehood.runtime.microvm.origin import INITRD, KERNEL, Origin, link, machin
 from fumehood.runtime.microvm.places import Places
 from fumehood.runtime.microvm.publishing import publish
 
+_log = logging.getLogger("fumehood")
 FORMAT = 2
 STEP_BYTES = 256 * MIB  # machines come in multiples of it, so that few golden snapshots serve all limits
 RESERVE_BYTES = 64 * MIB  # of a machine's memory, for its kernel and PID 1
@@ -49,7 +51,7 @@ class Golden:
             raise Unsupported(
                 "a microVM shows nothing of the host's files",
                 cause="the template has root or mounts",
-                remediation="`fumehood image build NAME --root DIR` makes an image; name it as the template",
+                remediation="`fumehood image build NAME --root DIR` makes one, for a template {name = NAME, preload = []}",
             )
         kernel, image = await asyncio.to_thread(lambda: (self._kernel(), self._assets.load("images", spec.template.name)))
         if image.facts["agent"] != agent_digest():  # an older agent would take what it does not know for nothing
@@ -95,6 +97,7 @@ class Golden:
         return await asyncio.to_thread(of_asset, found, self._places.directory / name, kept=True)
 
     async def _made(self, name: str, kernel: Manifest, image: Manifest, facts: Facts) -> Manifest:
+        _log.warning("making %s, from which such machines start: once, and it takes up to a few minutes", name)
         files = {ROOTFS: image.path(ROOTFS), KERNEL: kernel_file(kernel, self._vmm.name)}
         files |= {INITRD: kernel.path(INITRD)} if INITRD in kernel.files else {}
 

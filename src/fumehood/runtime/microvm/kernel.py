@@ -210,12 +210,15 @@ def settings(config: str) -> Iterator[tuple[str, str | None]]:
 def _make(tree: Path, targets: list[str], step: Step) -> None:
     command, done = ["make", *targets], 0
     with (tree / "build.log").open("w+") as log:
-        process = subprocess.Popen(command, cwd=tree, stdout=subprocess.PIPE, stderr=log, text=True, env=_environment())
-        assert process.stdout is not None
-        for line in process.stdout:
-            done += line.lstrip().startswith(("CC ", "AS "))
-            step("compiling the kernel", min(done, _OBJECTS), _OBJECTS)
-        if process.wait():
+        with subprocess.Popen(command, cwd=tree, stdout=subprocess.PIPE, stderr=log, text=True, env=_environment()) as process:
+            try:
+                for line in process.stdout or ():
+                    done += line.lstrip().startswith(("CC ", "AS "))
+                    step("compiling the kernel", min(done, _OBJECTS), _OBJECTS)
+            except BaseException:
+                process.terminate()  # make ends its compilers
+                raise
+        if process.returncode:
             log.seek(0)
             raise SetupFailed("the kernel did not compile", cause=log.read()[-1000:].strip(), remediation=_INSTALL)
 

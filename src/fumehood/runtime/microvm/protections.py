@@ -28,15 +28,20 @@ _OWN_KERNEL = {
     "memory": "the machine has no more, and a group of the guest's kernel",
     "freezer": "its processors are stopped",
 }
+_NOT_IN_MACHINES = "use the tier native, where the host's own kernel is what user code calls"
 
 
 def state(layout: Layout, *, rootless: bool, jailed: str) -> tuple[Protection, ...]:
     """`jailed`: what keeps the monitor in, empty for nothing."""
     rows = [Protection(name, ENFORCED, detail) for name, detail in _OWN_KERNEL.items()]
     rows.append(Protection("monitor-jail", ENFORCED if jailed else OFF, jailed, "" if jailed else "run the supervisor as root"))
-    rows.append(Protection("seccomp", DEGRADED, "the monitor has a filter; user code's calls reach the guest's kernel"))
-    rows.append(Protection("landlock", OFF, "not in the guest: its user owns all that it can write"))
-    rows.append(Protection("syscall-count", OFF, "the guest's refusals are not counted"))
+    rows.append(
+        Protection(
+            "seccomp", DEGRADED, "the monitor has a filter; user code's calls reach the guest's kernel", _NOT_IN_MACHINES
+        )
+    )
+    rows.append(Protection("landlock", OFF, "not in the guest: its user owns all that it can write", _NOT_IN_MACHINES))
+    rows.append(Protection("syscall-count", OFF, "the guest's refusals are not counted", _NOT_IN_MACHINES))
     rows.append(
         Protection("distinct-uid", DEGRADED, "all monitors have your uid", "run the supervisor as root")
         if rootless
