@@ -27,12 +27,16 @@ def resident_bytes(server: Serving) -> int:
     return int(status.split("VmRSS:")[1].split()[0]) << 10
 
 
-def plain(server: Serving, http: httpx.Client, path: str, body: dict[str, Any], accept: str = "*/*") -> sockets.socket:
-    """A request on a connection of its own, sent whole; nothing is read of the answer."""
+def plain(
+    server: Serving, http: httpx.Client, path: str, body: dict[str, Any], accept: str = "*/*", *, held: bool = False
+) -> sockets.socket:
+    """A request on a connection of its own, sent whole; nothing is read of the answer. `held`: it leaves with the end of the
+    connection, in one segment, so that the server never sees the one without the other (tcp(7), TCP_CORK)."""
     host, port = server.url.removeprefix("http://").split(":")
     connection = sockets.socket()
     connection.setsockopt(sockets.SOL_SOCKET, sockets.SO_RCVBUF, 64 << 10)
     connection.connect((host, int(port)))
+    connection.setsockopt(sockets.IPPROTO_TCP, sockets.TCP_CORK, held)
     text = json.dumps(body)
     head = f"POST {path} HTTP/1.1\r\nhost: x\r\nx-api-key: {http.headers['x-api-key']}\r\naccept: {accept}\r\n"
     connection.sendall(f"{head}content-type: application/json\r\ncontent-length: {len(text)}\r\n\r\n{text}".encode())
@@ -86,8 +90,8 @@ def test_a_caller_who_vanishes_without_a_word_stops_the_program(server: Serving,
 
 def test_a_caller_who_leaves_before_its_sandbox_is_made_leaves_none_behind(server: Serving, alice: httpx.Client) -> None:
     for _ in range(4):
-        plain(server, alice, "/v1/sandboxes", {}).close()
-    plain(server, alice, "/v1/run", {"code": BEGUN}).close()
+        plain(server, alice, "/v1/sandboxes", {}, held=True).close()
+    plain(server, alice, "/v1/run", {"code": BEGUN}, held=True).close()
     time.sleep(0.2)  # for those that the server had already begun with
     eventually(lambda: alice.get("/v1/sandboxes").json()["sandboxes"] == [])
 

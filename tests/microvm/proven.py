@@ -18,7 +18,7 @@ from fumehood.config import Config
 from fumehood.runtime.microvm.proof import Proof
 from fumehood.runtime.microvm.selftest import prove
 
-MEMORY = {"memory_bytes": 128 << 20}  # of each sandbox here: the smallest machine
+MEMORY = {"memory_bytes": 128 << 20, "disk_bytes": 32 << 20}  # of each sandbox here: the smallest machine
 _COMMAND = [sys.executable, "-c", "from fumehood.cli import main; main()"]
 
 
