@@ -41,7 +41,9 @@ def checkout(tmp_path: Path) -> Path:
 
 def suite(checkout: Path, *arguments: str, **variables: str) -> subprocess.Popen[str]:
     argv = [str(checkout / "tools/suite"), *arguments]
-    return subprocess.Popen(argv, env=os.environ | {"MACHINES": "1"} | variables, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen(
+        argv, env=os.environ | {"MACHINES": "1"} | variables, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
 
 
 def said(process: subprocess.Popen[str]) -> list[str]:
