@@ -184,7 +184,7 @@ class Supervisor:
         except TimeoutError:
             raise AgentUnresponsive(f"the sandbox took no connection within {timeout_s:g} s") from None
         try:
-            await link.start(timeout_s)
+            await link.start(timeout_s, greeted=handle.greeted)
         except BaseException:
             await link.aclose()
             raise

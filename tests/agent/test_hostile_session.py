@@ -6,7 +6,6 @@ import pytest
 
 from .conftest import Client
 
-pytestmark = pytest.mark.rootless
 SESSION = "import gc\nsession = next(o for o in gc.get_objects() if type(o).__name__ == 'Session')\n"
 
 NAMES = """\

@@ -68,7 +68,7 @@ async def linked(machine: Machine) -> AsyncGenerator[Link]:
     async with asyncio.timeout(PATIENCE_S):
         link = Link(*await machine.connect())
         try:
-            await link.start(PATIENCE_S)
+            await link.start(PATIENCE_S, greeted=True)
             entropy = base64.b64encode(os.urandom(64)).decode()
             await link.call("bind", env={}, clock_s=time.time(), entropy=entropy, hostname="box")
             yield link

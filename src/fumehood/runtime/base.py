@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from fumehood.agent.wire import GREETING as GREETING
 from fumehood.errors import ProtectionUnavailable
 from fumehood.events import Event
 from fumehood.model import Enforcement, Limits, Protection, SandboxSpec, Usage
@@ -41,11 +40,11 @@ class Handle(Protocol):
 
     sandbox_id: str
     protections: tuple[Protection, ...]
+    greeted: bool  # connect() says the host's HELLO; else it is said once the agent's was heard
     patience: float  # how many times longer than usual its agent may take to speak, and to stop something
 
     async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """The one duplex byte stream to the agent: the host's HELLO is said, the agent's is the next to be read. Callable once,
-        but for machines that were copied."""
+        """The one duplex byte stream to the agent, at its HELLO frame. Callable once, but for machines that were copied."""
         ...
 
     async def pause(self) -> None: ...

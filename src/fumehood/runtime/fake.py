@@ -24,7 +24,7 @@ from fumehood.errors import CapacityExceeded, InvalidTransition, ProtectionUnava
 from fumehood.events import Event
 from fumehood.model import Enforcement, Limits, Protection, SandboxSpec, Usage
 from fumehood.runtime import tree
-from fumehood.runtime.base import GREETING, Capabilities, Stats, missing
+from fumehood.runtime.base import Capabilities, Stats, missing
 
 _NAMES = (
     *("pid-namespace", "mount-namespace", "network-namespace", "uts-namespace", "ipc-namespace", "user-namespace"),
@@ -41,7 +41,7 @@ class FakeHandle:
     """One agent and what it started. Times and sizes are those of the processes alive at the reading."""
 
     protections = _OFF
-    patience = 1.0
+    patience, greeted = 1.0, False
 
     def __init__(self, sandbox_id: str, keeper: subprocess.Popen[bytes], channel: socket.socket, home: str) -> None:
         self.sandbox_id = sandbox_id
@@ -68,9 +68,7 @@ class FakeHandle:
         if self._connected:
             raise InvalidTransition("this sandbox is connected already", cause="connect() can be called once")
         self._connected = True
-        reader, writer = await asyncio.open_unix_connection(sock=self._channel)
-        writer.write(GREETING)
-        return reader, writer
+        return await asyncio.open_unix_connection(sock=self._channel)
 
     async def pause(self) -> None:
         await asyncio.to_thread(tree.freeze, self._keeper.pid)

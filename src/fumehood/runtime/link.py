@@ -134,8 +134,9 @@ class Link:
         self._task: asyncio.Task[None] | None = None
         self.lost, self.detached = "", False
 
-    async def start(self, timeout_s: float) -> None:
-        """Hear its HELLO; ours is said. Raises AgentUnresponsive, SetupFailed, WireError or SandboxGone."""
+    async def start(self, timeout_s: float, *, greeted: bool = False) -> None:
+        """Exchange HELLO; `greeted`: ours is said. If not, it waits: written to a sandbox that has just ended it would cost the
+        last words that are there to be read. Raises AgentUnresponsive, SetupFailed, WireError or SandboxGone."""
         try:
             async with asyncio.timeout(timeout_s):
                 frame = await self._read()
@@ -151,6 +152,8 @@ class Link:
         generation = hello.get("generation")
         if not isinstance(generation, int) or generation < wire.GENERATION:
             raise WireError(f"the agent speaks generation {generation!r:.20}, this host needs {wire.GENERATION}")
+        if not greeted:
+            await self.send(wire.GREETING)
         self._task = asyncio.create_task(self._receive())
 
     async def open(self, verb: str, **arguments: Any) -> Stream:

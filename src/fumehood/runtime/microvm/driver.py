@@ -38,6 +38,7 @@ _LATE = frozenset({"cpus", "cpu_weight", *LIMITS} - {"memory_bytes", "disk_bytes
 class MicrovmHandle:
     """One live machine. `origin` is what it runs from; `_undo` gives back, in reverse, whatever its start took."""
 
+    greeted = True
     patience = 6.0  # an emulated guest takes 0.1 s on a free processor, and seconds on a busy one
 
     def __init__(

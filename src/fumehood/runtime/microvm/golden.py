@@ -126,7 +126,7 @@ class Golden:
                 account.entered(machine.pid)
                 async with asyncio.timeout(self._config.microvm_boot_timeout_s):
                     link = Link(*await machine.connect())
-                    await link.start(self._config.microvm_boot_timeout_s)
+                    await link.start(self._config.microvm_boot_timeout_s, greeted=True)
                     await link.call("context.warm", language="python")  # its session is there, and has run a cell
                     boot_s = time.monotonic() - started
                     await _rehearse(link)

@@ -201,7 +201,7 @@ async def _answers(machine: Machine) -> None:
     """Raises what a Link raises, and SetupFailed for a wrong answer."""
     link = Link(*await machine.connect())
     try:
-        await link.start(_USUAL_TIMEOUT_S)
+        await link.start(_USUAL_TIMEOUT_S, greeted=True)
         await link.call("bind", env={}, clock_s=time.time(), entropy=b64encode(os.urandom(64)).decode())
         heard = {
             "6*7": await _heard(link, "context.run", code="6*7", language="python", env={}),

@@ -15,7 +15,7 @@ from fumehood.config import Config
 from fumehood.errors import AgentUnresponsive, SetupFailed
 from fumehood.events import Event, ZygoteLost
 from fumehood.model import Limits, Protection, SandboxSpec, Template
-from fumehood.runtime.base import GREETING, Capabilities, Stats, check_required
+from fumehood.runtime.base import Capabilities, Stats, check_required
 from fumehood.runtime.host import accounting, journal
 from fumehood.runtime.host.pidfd import kill
 from fumehood.runtime.host.uids import UidBlock
@@ -33,7 +33,7 @@ _BY_GROUPS = frozenset({"cpus", "cpu_weight", "memory_bytes", "swap_bytes", "pid
 class NativeHandle:
     """One live native sandbox. `_undo` gives back, in reverse, whatever start() took."""
 
-    patience = 1.0
+    patience, greeted = 1.0, False
 
     def __init__(self, sandbox_id: str, pidfd: int, channel: socket.socket, disk_fd: int, account: accounting.Account) -> None:
         self.sandbox_id = sandbox_id
@@ -42,9 +42,7 @@ class NativeHandle:
         self._undo = AsyncExitStack()
 
     async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        reader, writer = await asyncio.open_unix_connection(sock=self._channel)
-        writer.write(GREETING)
-        return reader, writer
+        return await asyncio.open_unix_connection(sock=self._channel)
 
     async def pause(self) -> None:
         await asyncio.to_thread(self._account.freeze)
