@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import ahead
+import hostile
 import pytest
 import vms
 
+from fumehood import Sandbox
 from fumehood.errors import ProtectionUnavailable
 from fumehood.runtime.microvm import kvm
 from fumehood.runtime.microvm.assets import Assets, Manifest
@@ -64,3 +66,16 @@ def booted(
     """A machine of Firecracker's, and a snapshot of it: a cold boot takes a minute."""
     spec = vms.spec_of(kernel("pvm"), image("python").path(ROOTFS))
     return spec, vms.golden(Firecracker(firecracker), spec, machines_dir, vms.UID)
+
+
+@pytest.fixture(scope="module", params=hostile.TIERS)
+def tier(request: pytest.FixtureRequest) -> Iterator[str]:
+    with hostile.engine(request, request.param):
+        yield request.param
+
+
+@pytest.fixture(scope="module")
+def box(tier: str) -> Iterator[Sandbox]:
+    """One for many attacks that leave no trace."""
+    with Sandbox(tier=tier, url="", limits=hostile.LIMITS) as sandbox:
+        yield sandbox

@@ -6,16 +6,15 @@ On a host of the kvm_pvm kind a page's first touch can cost a millisecond, a for
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import ahead
 import proven
 import pytest
 
 from fumehood import Sandbox
 from fumehood.client.engine import Engine
-from fumehood.config import Config
 from fumehood.model import MIB
 
 pytest.register_assert_rewrite("security.attack")
@@ -33,23 +32,22 @@ MOST: dict[str, Any] = {
 LIMITS: dict[str, Any] = {"memory_bytes": 64 * MIB, "disk_bytes": 16 * MIB, "timeout_s": 120, "lifetime_s": 3000}
 
 
-def environment(request: pytest.FixtureRequest, tier: str) -> dict[str, str]:
-    """Settings as variables, of directories in which it is proven."""
+def made(request: pytest.FixtureRequest, tier: str) -> dict[str, str]:
+    """The settings that the tier takes beside its directories, once all is there that it needs."""
     # First what this host may lack: then nothing is compiled for it.
     settings = {"FUMEHOOD_FIRECRACKER": str(request.getfixturevalue("firecracker"))} if tier == "firecracker" else {}
     request.getfixturevalue("image")("python")
     request.getfixturevalue("kernel")("pvm" if tier == "firecracker" else "stock")
-    cached = request.getfixturevalue("cached").directory("images", "python").parents[2]
-    return proven.environment(cached, tier, **settings)
+    return settings
 
 
-@contextlib.contextmanager
-def engine(request: pytest.FixtureRequest, tier: str) -> Iterator[Engine]:
-    config = Config.load(environment(request, tier))
-    Engine.of_this_process(config).close()  # of earlier tests, with other directories
-    engine = Engine.of_this_process(config)
-    yield engine
-    engine.close()
+def environment(request: pytest.FixtureRequest, tier: str) -> dict[str, str]:
+    """Settings as variables, of directories in which it is proven."""
+    return proven.environment(ahead.STATE, tier, **made(request, tier))
+
+
+def engine(request: pytest.FixtureRequest, tier: str) -> contextlib.AbstractContextManager[Engine]:
+    return proven.engine(ahead.STATE, tier, **made(request, tier))
 
 
 def words(box: Sandbox, code: str, **more: Any) -> list[str]:

@@ -43,13 +43,13 @@ def environment(assets: Path, tier: str = "qemu", **settings: str) -> dict[str, 
 
 
 @contextlib.contextmanager
-def engine(assets: Path, tier: str, **settings: str) -> Iterator[None]:
+def engine(assets: Path, tier: str, **settings: str) -> Iterator[Engine]:
     """Meanwhile this process's own sandboxes of that tier are machines of these directories."""
     config = Config.load(environment(assets, tier, **settings))
     Engine.of_this_process(config).close()  # of earlier tests, with other directories
     ours = Engine.of_this_process(config)
     try:
-        yield
+        yield ours
     finally:
         ours.close()
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import mmap
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import hostile
 import pytest
 from hostile import LIMITS
 
@@ -31,19 +29,6 @@ print(json.dumps({
     "boot_id": read("/proc/sys/kernel/random/boot_id"), "machine-id": read("/etc/machine-id"), "hostname": socket.gethostname(),
 }))
 """
-
-
-@pytest.fixture(scope="module", params=hostile.TIERS)
-def tier(request: pytest.FixtureRequest) -> Iterator[str]:
-    with hostile.engine(request, request.param):
-        yield request.param
-
-
-@pytest.fixture(scope="module")
-def box(tier: str) -> Iterator[Sandbox]:
-    """One for many attacks that leave no trace."""
-    with Sandbox(tier=tier, url="", limits=LIMITS) as sandbox:
-        yield sandbox
 
 
 def test_a_golden_snapshot_holds_no_word_of_the_host(box: Sandbox) -> None:

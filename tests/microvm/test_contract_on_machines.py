@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-import ahead
-import proven
+import hostile
 import pytest
 
 from fumehood import Sandbox
@@ -17,15 +16,9 @@ from contract.test_contract import *  # noqa: E402, F403
 pytestmark = [pytest.mark.microvm, pytest.mark.root]
 
 
-@pytest.fixture(scope="module", params=["qemu", "firecracker"])
-def where(
-    request: pytest.FixtureRequest, kernel: Callable[[str], Any], image: Callable[[str], Any]
-) -> Iterator[dict[str, Any]]:
-    is_kvm = request.param == "firecracker"
-    settings = {"FUMEHOOD_FIRECRACKER": str(request.getfixturevalue("firecracker"))} if is_kvm else {}
-    image("python")
-    kernel("pvm" if is_kvm else "stock")
-    with proven.engine(ahead.STATE, request.param, **settings):
+@pytest.fixture(scope="module", params=hostile.TIERS)
+def where(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
+    with hostile.engine(request, request.param):
         yield {"tier": request.param, "url": ""}
 
 

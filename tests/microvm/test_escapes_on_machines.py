@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 from collections.abc import Iterator
 
-import hostile
 import pytest
 from hostile import LIMITS
 
@@ -46,12 +45,6 @@ ELSEWHERE = {
 }
 FATAL = {"stop_init", "forge_frames"}  # may cost their sandbox
 TRIED = [a for a in ATTEMPTS if a.key not in ELSEWHERE]
-
-
-@pytest.fixture(scope="module", params=hostile.TIERS)
-def tier(request: pytest.FixtureRequest) -> Iterator[str]:
-    with hostile.engine(request, request.param):
-        yield request.param
 
 
 @pytest.fixture(scope="module")

@@ -25,12 +25,6 @@ pytestmark = [pytest.mark.microvm, pytest.mark.root]
 PATIENCE_S = 60.0
 
 
-@pytest.fixture(scope="module", params=hostile.TIERS)
-def tier(request: pytest.FixtureRequest) -> Iterator[str]:
-    with hostile.engine(request, request.param):
-        yield request.param
-
-
 @pytest.fixture(scope="module")
 def bomb(tier: str) -> Iterator[Sandbox]:
     """One for all: after each attack the next one finds it working, and what was before the first is still there."""

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
 
-import hostile
 import pytest
 from hostile import LIMITS, PRELUDE, words
 
@@ -19,19 +17,6 @@ note = "import os; open('/home/user/ran', 'a').write(f'{os.getpid()} {os.getuid(
 for name in ('sitecustomize.py', 'usercustomize.py', 'socket.py', 'pwd.py'): write('/home/user/' + name, note)
 write('/home/user/hook', 'echo $$ $UID >> /home/user/ran')
 """
-
-
-@pytest.fixture(scope="module", params=hostile.TIERS)
-def tier(request: pytest.FixtureRequest) -> Iterator[str]:
-    with hostile.engine(request, request.param):
-        yield request.param
-
-
-@pytest.fixture(scope="module")
-def box(tier: str) -> Iterator[Sandbox]:
-    """One for many attacks that leave no trace."""
-    with Sandbox(tier=tier, url="", limits=LIMITS) as sandbox:
-        yield sandbox
 
 
 def test_user_code_is_an_ordinary_user_in_a_context_and_in_a_program(box: Sandbox) -> None:
