@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import os
 import secrets
 import sys
@@ -29,6 +30,7 @@ from fumehood.live import Live
 from fumehood.model import CodeRequest, SandboxSpec
 from fumehood.policy.resolve import resolve
 from fumehood.runtime.microvm.driver import MicrovmHandle
+from fumehood.runtime.rehearsal import rehearse
 from fumehood.runtime.tiers import TIERS
 from fumehood.supervisor import Supervisor
 
@@ -64,13 +66,12 @@ class Tier:
         say(f"{self._name}: the golden snapshots")
         rows: dict[str, Any] = {"boot_s": {"python": await self._boot_s(spec), "pandas": await self._boot_s(pandas)}}
         for what, work in {
-            "restored": (lambda: self._once(spec), self._samples),
-            "restored_pandas": (lambda: self._once(pandas, DESCRIBE, "1000"), max(5, self._samples // 4)),
+            "restored": self._starts(spec, self._samples),
+            "restored_pandas": self._starts(pandas, max(5, self._samples // 4), DESCRIBE, "1000"),
+            "claimed": self._starts(spec, self._samples, warm=True),
         }.items():
             say(f"{self._name}: {what}")
-            rows[what] = await timed(*work)
-        say(f"{self._name}: claimed")
-        rows["claimed"] = await self._claimed(spec)
+            rows[what] = await work
         live = await self._supervisor.make(spec, self._name)
         say(f"{self._name}: live, fork, idle")
         rows["live"] = await timed(lambda: answer(live), self._samples)
@@ -86,29 +87,27 @@ class Tier:
         await self._supervisor.close_sandbox(live.id)
         return live.handle.origin.facts["boot_s"]
 
-    async def _once(self, spec: SandboxSpec, code: str = "6 * 7", want: str = "42") -> None:
-        live = await self._supervisor.make(spec, self._name)
-        try:
-            await answer(live, code, want)
-        finally:
-            asyncio.get_running_loop().create_task(self._supervisor.close_sandbox(live.id))
-            await asyncio.sleep(0)
-
-    async def _claimed(self, spec: SandboxSpec) -> dict[str, Any]:
-        """As the server's warm pool has them ready (service/source.py): restored, and its session has run a cell."""
+    async def _starts(
+        self, spec: SandboxSpec, samples: int, code: str = "6 * 7", want: str = "42", *, warm: bool = False
+    ) -> dict[str, Any]:
+        """Each when the one before is gone. `warm`: asked of those that the server's pool has ready (service/source.py)."""
         times, failures = list[float](), list[str]()
-        for _ in range(self._samples):
-            live = await self._supervisor.make(spec, self._name)
-            await live.link.call("context.warm", language="python")
-            await asyncio.sleep(0.05)
-            started = time.perf_counter()
-            try:
-                await live.bind(spec)
-                await answer(live)
-                times.append((time.perf_counter() - started) * 1e3)
-            except (FumehoodError, ValueError) as e:
-                failures.append(str(e))
-            await self._supervisor.close_sandbox(live.id)
+        for _ in range(samples):
+            async with contextlib.AsyncExitStack() as stack:
+                started = time.perf_counter()
+                try:
+                    live = await self._supervisor.make(spec, self._name)
+                    stack.push_async_callback(self._supervisor.close_sandbox, live.id)
+                    if warm:
+                        await rehearse(live.link)
+                        await asyncio.sleep(0.05)
+                        started = time.perf_counter()
+                        await live.bind(spec)
+                    await answer(live, code, want)
+                except (FumehoodError, ValueError) as e:
+                    failures.append(str(e))
+                else:
+                    times.append((time.perf_counter() - started) * 1e3)
         return summary(times, failures)
 
     async def _snapshot(self, live: Live) -> None:

@@ -10,6 +10,7 @@ from fumehood.errors import FumehoodError
 from fumehood.live import Live
 from fumehood.model import SandboxSpec
 from fumehood.pool import Pool, PoolSettings
+from fumehood.runtime.rehearsal import rehearse
 from fumehood.service.asks import Kind
 from fumehood.supervisor import Supervisor
 
@@ -63,7 +64,7 @@ class Source:
     async def _make_warm(self, kind: Kind) -> Live:
         live = await self._supervisor.make(kind.spec, kind.tier)
         try:
-            await live.link.call("context.warm", language="python")
+            await rehearse(live.link)
         except BaseException:
             await asyncio.shield(self._close(live))
             raise

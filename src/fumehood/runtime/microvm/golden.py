@@ -27,6 +27,7 @@ from fumehood.runtime.microvm.machine import Vmm
 from fumehood.runtime.microvm.origin import INITRD, KERNEL, Origin, link, machine_in, of_asset
 from fumehood.runtime.microvm.places import Places
 from fumehood.runtime.microvm.publishing import publish
+from fumehood.runtime.rehearsal import rehearse
 
 _log = logging.getLogger("fumehood")
 FORMAT = 2
@@ -34,7 +35,7 @@ STEP_BYTES = 256 * MIB  # machines come in multiples of it, so that few golden s
 RESERVE_BYTES = 64 * MIB  # of a machine's memory, for its kernel and PID 1
 _BOOT = Limits(cpus=4.0)
 _SETTLE_S, _LOOK_S, _IDLE_S = 10.0, 0.3, 0.02  # at most; between two looks; CPU a second of a guest that does nothing
-_REHEARSALS, _REHEARSED = 3, "print(6)\n6 * 7"
+_REHEARSALS = 3
 _INPUTS = ("format", "vmm", "version", "generation", "kernel", "image", "boot_args")
 
 
@@ -151,8 +152,7 @@ async def _rehearse(link: Link) -> None:
     """
     for _ in range(_REHEARSALS):
         await link.call("bind", env={}, **identity(SandboxSpec(), "golden"))
-        await (await link.open("context.run", code=_REHEARSED, language="python", env={})).result()
-        await link.call("context.warm", language="python", fully=True)
+        await rehearse(link, fully=True)
 
 
 def machine_bytes(limits: Limits) -> int:
