@@ -13,12 +13,14 @@ import pytest
 import vms
 
 from fumehood import Sandbox
+from fumehood.client.engine import Engine
 from fumehood.errors import ProtectionUnavailable
 from fumehood.runtime.microvm import kvm
 from fumehood.runtime.microvm.assets import Assets, Manifest
 from fumehood.runtime.microvm.firecracker import Firecracker
 from fumehood.runtime.microvm.image import ROOTFS
 from fumehood.runtime.microvm.machine import MachineSpec
+from fumehood.runtime.microvm.proof import Proof
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -72,6 +74,12 @@ def booted(
 def tier(request: pytest.FixtureRequest) -> Iterator[str]:
     with hostile.engine(request, request.param):
         yield request.param
+
+
+@pytest.fixture(scope="module")
+def guest_kernel(tier: str) -> str:
+    """The profile that it was proven with."""
+    return Proof.load(Engine.of_this_process().supervisor.config, tier).kernel
 
 
 @pytest.fixture(scope="module")

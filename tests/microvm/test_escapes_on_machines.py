@@ -24,7 +24,7 @@ ELSEWHERE = {
     "vsock_socket": "test_security_on_machines.py: test_no_socket_leads_out: it may have one, and nobody answers",
     "netlink_socket": _GUESTS,
     "every_other_family": _GUESTS,
-    "int80_socket": "test_the_32_bit_entry_is_closed: on a pvm host it ends by another signal",
+    "int80_socket": "test_the_32_bit_entry_is_closed_but...: on a pvm host it ends by another signal",
     "int80_mount": "the same",
     "started_before_the_filter": "test_planted_code_runs_as_the_user_only: user code has no filter",
     "raw_address": "test_no_socket_leads_out: the guest has no IPv6, where this one ends with an error",
@@ -43,6 +43,8 @@ ELSEWHERE = {
     **dict.fromkeys(("fork_bomb", "thread_bomb", "memory_anonymous", "memory_tmpfs", "memory_memfd", "memory_pipes"), _BOMB),
     **dict.fromkeys(("descriptors", "inodes", "output_flood"), _BOMB),
 }
+# What a distribution's kernel has and our own leave out. It is the guest's own: SECURITY.md says so.
+IN_STOCK = {"io_uring", "userfaultfd", "keyrings", "host_facts"}  # the last: its kernel's threads are seen
 FATAL = {"stop_init", "forge_frames"}  # may cost their sandbox
 TRIED = [a for a in ATTEMPTS if a.key not in ELSEWHERE]
 
@@ -64,11 +66,15 @@ def tried(tier: str) -> Iterator[AsyncSandbox]:
 
 def test_each_attempt_of_the_demo_is_tried_here_or_named_with_its_reason() -> None:
     assert set(ELSEWHERE) < {a.key for a in ATTEMPTS} and len(TRIED) >= 35
+    assert {a.key for a in TRIED} > IN_STOCK
 
 
 @pytest.mark.parametrize("attempt", TRIED, ids=lambda a: f"{a.hazard}-{a.name}")
-async def test_an_attempt_to_escape_is_contained(attempt: Attempt, tier: str, host: hosts.Host, tried: AsyncSandbox) -> None:
+async def test_an_attempt_to_escape_is_contained(
+    attempt: Attempt, tier: str, guest_kernel: str, host: hosts.Host, tried: AsyncSandbox
+) -> None:
     """H4-H25, as in `fumehood demo escape`, by the same judge."""
+    is_open = guest_kernel == "stock" and attempt.key in IN_STOCK
     async with contextlib.AsyncExitStack() as stack:
         alone = attempt.key in FATAL or attempt.plant is not None
         own = await stack.enter_async_context(AsyncSandbox(tier=tier, url="", limits=LIMITS)) if alone else tried
@@ -78,5 +84,5 @@ async def test_an_attempt_to_escape_is_contained(attempt: Attempt, tier: str, ho
         result = await where.run(program(attempt.probe, host.public))
         seen = await escape._CHECKS[attempt.check](where, host) if attempt.check in ("download", "copy_out") else []
         found = escape.verdict(attempt, result, host, seen)
-        assert found.outcome == "contained", found
+        assert found.outcome == ("BREACH" if is_open else "contained"), found
         assert not alone or (await tried.run("6 * 7")).text == "42", "of its neighbour"

@@ -39,7 +39,7 @@ class MicrovmHandle:
     """One live machine. `origin` is what it runs from; `_undo` gives back, in reverse, whatever its start took."""
 
     greeted = True
-    patience = 6.0  # an emulated guest takes 0.1 s on a free processor, and seconds on a busy one
+    patience = 15.0  # where it is emulated a fork takes half a second on a free processor, and several on a busy one
 
     def __init__(
         self, sandbox_id: str, machine: Machine, origin: Origin, account: Account, stated: tuple[Protection, ...]

@@ -82,8 +82,14 @@ PVM_EDITS = (
         "\t}\n\n"
         "\tprefetchw(&current->mm->mmap_lock);\n\n\t/*\n\t * KVM uses #PF vector",
     ),
-    # Its TSC is the host's, so after a restore all that went by since the snapshot comes at once, and is counted second by
-    # second, 12 us each: 1 s for a snapshot of yesterday. Count them together; leap seconds matter to no one here.
+    # Its TSC is the host's, so after a restore all that went by since the snapshot comes at once, and is counted in steps of a
+    # second: 60 us each, 5 s for a snapshot of yesterday. Count 300 s in a step, as many as its nanoseconds have room for (ntp_error
+    # is a difference, right whatever overflows on the way), and their seconds together; leap seconds matter to no one here.
+    Edit(
+        "kernel/time/timekeeping.c",
+        "maxshift = (64 - (ilog2(ntp_tick_length())+1)) - 1;",
+        "maxshift = 62 - ilog2(tk->xtime_interval);",
+    ),
     Edit("kernel/time/timekeeping.c", *_at_once("tk->tkr_mono.xtime_nsec", "nsecps", "tk->xtime_sec", "\n\t\tint leap;")),
     Edit("kernel/time/timekeeping.c", *_at_once("tk->tkr_raw.xtime_nsec", "snsec_per_sec", "tk->raw_sec", "")),
     # A tick is 2500 instructions, 1.3 ms: at 100 Hz an eighth of what a program has. 24 is the least that jiffies.h allows.
