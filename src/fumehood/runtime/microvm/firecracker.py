@@ -18,7 +18,7 @@ from fumehood.errors import ProtectionUnavailable, SetupFailed
 from fumehood.runtime.microvm.firecracker_api import Fault
 from fumehood.runtime.microvm.firecracker_machine import FirecrackerMachine
 from fumehood.runtime.microvm.jailer import Jail, on_disk
-from fumehood.runtime.microvm.machine import CHANNEL, MEMORY, STATE, MachineSpec, Place
+from fumehood.runtime.microvm.machine import CHANNEL, MEMORY, STATE, WRITTEN, MachineSpec, Place
 from fumehood.runtime.microvm.process import Monitor
 
 KERNEL, INITRD, ROOTFS = "kernel", "initrd", "rootfs"
@@ -78,10 +78,12 @@ class Firecracker:
             machine.base = _linked(snapshot, machine.jail)
             _check_size(os.fstat(machine.base).st_size, spec)
             backend = {"backend_type": "File", "backend_path": MEMORY}
-            load = {"snapshot_path": STATE, "mem_backend": backend, "enable_diff_snapshots": True, "resume_vm": True}
+            load = {"snapshot_path": STATE, "mem_backend": backend, "enable_diff_snapshots": True, "resume_vm": False}
             await machine.api.ask("PUT /snapshot/load", load)
+            await machine.own(snapshot / WRITTEN)
             # Its disk came with the limit of another place.
             await machine.api.ask(f"PATCH /drives/{ROOTFS}", {"drive_id": ROOTFS, **_limiter(place)})
+            await machine.resume()
         return machine
 
     @contextlib.asynccontextmanager

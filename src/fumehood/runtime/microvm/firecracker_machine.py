@@ -13,7 +13,7 @@ from typing import TypeVar
 from fumehood.agent import wire
 from fumehood.errors import CapacityExceeded, FumehoodError, SandboxGone, SetupFailed
 from fumehood.runtime.host.waiting import readable
-from fumehood.runtime.microvm import sparse
+from fumehood.runtime.microvm import sparse, written
 from fumehood.runtime.microvm.firecracker_api import CALL_S, Api, Fault
 from fumehood.runtime.microvm.jailer import Jail, on_disk
 from fumehood.runtime.microvm.machine import CHANNEL, MEMORY, STATE
@@ -93,6 +93,16 @@ class FirecrackerMachine:
             _hand_over({STATE: state, MEMORY: memory}, directory)
             self._rebase(os.dup(memory))
             self._diff_fits = True
+
+    def written(self) -> bytes:
+        return written.pages(self.pid, MEMORY)
+
+    async def own(self, pages: Path) -> None:
+        """Of a machine that did not run yet: copies now what it would write to anyway, where we may (Yama: not everybody)."""
+        if self.base is not None and pages.exists():
+            base, runs = self.base, pages.read_bytes()
+            with contextlib.suppress(PermissionError):
+                await _undisturbed(lambda: written.copy(self.pid, MEMORY, base, runs))
 
     def _create(self, name: str, undo: contextlib.ExitStack) -> int:
         fd = self.jail.create(name)

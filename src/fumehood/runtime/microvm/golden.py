@@ -9,7 +9,8 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from fumehood.runtime.microvm.assets import Assets, Facts, Manifest
 from fumehood.runtime.microvm.boot import boot_args, kernel_file
 from fumehood.runtime.microvm.identity import identity
 from fumehood.runtime.microvm.image import ROOTFS, agent_digest
-from fumehood.runtime.microvm.machine import Vmm
+from fumehood.runtime.microvm.machine import WRITTEN, Machine, MachineSpec, Place, Vmm
 from fumehood.runtime.microvm.origin import INITRD, KERNEL, Origin, link, machine_in, of_asset
 from fumehood.runtime.microvm.places import Places
 from fumehood.runtime.microvm.publishing import publish
@@ -104,7 +105,9 @@ class Golden:
 
         async def fill(directory: Path) -> Facts:
             link(files.items(), directory)
-            return {**facts, "boot_s": round(await self._boot(directory, facts), 2)}
+            boot_s = await self._boot(directory, facts)
+            await self._try(directory, facts)
+            return {**facts, "boot_s": round(boot_s, 2)}
 
         return await publish(self._assets, name, fill, facts["memory_bytes"], (kernel, image))
 
@@ -119,40 +122,55 @@ class Golden:
 
     async def _boot(self, directory: Path, facts: Facts) -> float:
         """How many seconds it took to its agent's first answer."""
-        started = time.monotonic()
-        machine_spec = machine_in(directory, facts)
-        async with self._places.taken(machine_spec.memory_bytes, _BOOT) as (place, account):
-            machine = await self._vmm.boot(machine_spec, place)
+        spec, started = machine_in(directory, facts), time.monotonic()
+        async with self._machine(spec, lambda place: self._vmm.boot(spec, place)) as (machine, link, account):
+            await link.call("context.warm", language="python")  # its session is there, and has run a cell
+            boot_s = time.monotonic() - started
+            for _ in range(_REHEARSALS):
+                await _rehearse(link)
+            await link.aclose()
+            await _settled(account)
+            await machine.pause()
+            await machine.snapshot(directory)
+            return boot_s
+
+    async def _try(self, directory: Path, facts: Facts) -> None:
+        """What the first clone writes to, all do."""
+        spec = machine_in(directory, facts)
+        async with self._machine(spec, lambda place: self._vmm.restore(spec, directory, place)) as (machine, link, _):
+            await _rehearse(link)
+            if found := await asyncio.to_thread(machine.written):
+                (directory / WRITTEN).write_bytes(found)
+
+    @asynccontextmanager
+    async def _machine(
+        self, spec: MachineSpec, start: Callable[[Place], Awaitable[Machine]]
+    ) -> AsyncGenerator[tuple[Machine, Link, Account]]:
+        """One whose agent speaks. Raises SetupFailed when it takes too long to."""
+        async with self._places.taken(spec.memory_bytes, _BOOT) as (place, account), AsyncExitStack() as undo:
+            machine = await start(place)
+            undo.push_async_callback(machine.aclose)
+            account.entered(machine.pid)
             try:
-                account.entered(machine.pid)
                 async with asyncio.timeout(self._config.microvm_boot_timeout_s):
                     link = Link(*await machine.connect())
+                    undo.push_async_callback(link.aclose)
                     await link.start(self._config.microvm_boot_timeout_s, greeted=True)
-                    await link.call("context.warm", language="python")  # its session is there, and has run a cell
-                    boot_s = time.monotonic() - started
-                    await _rehearse(link)
-                await link.aclose()
-                await _settled(account)
-                await machine.pause()
-                await machine.snapshot(directory)
-                return boot_s
             except TimeoutError:
                 raise SetupFailed(
                     "the guest did not come up",
                     cause=f"no answer within {self._config.microvm_boot_timeout_s:g} s\n{machine.said()[-1000:]}".strip(),
                     remediation="run `fumehood doctor`",
                 ) from None
-            finally:
-                await machine.aclose()
+            yield machine, link, account
 
 
 async def _rehearse(link: Link) -> None:
-    """All that a clone does for its first answer, as often as there are pages that are copied when they are first written to,
-    or mapped when they are first read: a clone finds them done. What it leaves, the next takes back.
+    """All that a clone does for its first answer. After a few there are no pages left that are mapped when they are first read,
+    or copied from PID 1's when they are first written to: a clone finds them done.
     """
-    for _ in range(_REHEARSALS):
-        await link.call("bind", env={}, **identity(SandboxSpec(), "golden"))
-        await rehearse(link, fully=True)
+    await link.call("bind", env={}, **identity(SandboxSpec(), "golden"))
+    await rehearse(link, fully=True)
 
 
 def machine_bytes(limits: Limits) -> int:

@@ -83,8 +83,9 @@ PVM_EDITS = (
         "\tprefetchw(&current->mm->mmap_lock);\n\n\t/*\n\t * KVM uses #PF vector",
     ),
     # Its TSC is the host's, so after a restore all that went by since the snapshot comes at once, and is counted in steps of a
-    # second: 60 us each, 5 s for a snapshot of yesterday. Count 300 s in a step, as many as its nanoseconds have room for (ntp_error
-    # is a difference, right whatever overflows on the way), and their seconds together; leap seconds matter to no one here.
+    # second: 60 us each, 5 s for a snapshot of yesterday. Count 300 s in a step, as many as its nanoseconds have room for
+    # (ntp_error is a difference, right whatever overflows on the way), and their seconds together; leap seconds matter to no
+    # one here.
     Edit(
         "kernel/time/timekeeping.c",
         "maxshift = (64 - (ilog2(ntp_tick_length())+1)) - 1;",

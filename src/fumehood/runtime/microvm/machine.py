@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 STATE, MEMORY = "state", "memory"  # the files of a snapshot
+WRITTEN = "written"  # what Machine.written() said of another that went on from it; not always there
 CHANNEL = "channel"  # the Unix socket in a machine's directory that leads to the agent
 
 
@@ -69,6 +70,10 @@ class Machine(Protocol):
         """
         ...
 
+    def written(self) -> bytes:
+        """Which pages of its memory it has written to since it went on, for WRITTEN; empty where that would save nothing."""
+        ...
+
     async def aclose(self) -> None:
         """Ends it, waits for that, and removes from its directory what it put there."""
         ...
@@ -88,7 +93,7 @@ class Vmm(Protocol):
         ...
 
     async def restore(self, spec: MachineSpec, snapshot: Path, place: Place) -> Machine:
-        """Goes on from `snapshot`, a directory with STATE and MEMORY that a machine of the same `spec` made: copy on write, so
-        any number may. Raises SetupFailed, and leaves nothing.
+        """Goes on from `snapshot`, a directory with STATE, MEMORY and perhaps WRITTEN, which a machine of the same `spec` made:
+        copy on write, so any number may. Raises SetupFailed, and leaves nothing.
         """
         ...

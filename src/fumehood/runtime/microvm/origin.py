@@ -11,10 +11,10 @@ from pathlib import Path
 
 from fumehood.runtime.microvm.assets import Facts, Manifest
 from fumehood.runtime.microvm.image import ROOTFS
-from fumehood.runtime.microvm.machine import MEMORY, STATE, MachineSpec
+from fumehood.runtime.microvm.machine import MEMORY, STATE, WRITTEN, MachineSpec
 
 KERNEL, INITRD = "kernel", "initrd"
-BASE = (ROOTFS, KERNEL, INITRD)  # what all machines of a kind share; the last is not always there
+BASE = (ROOTFS, KERNEL, INITRD, WRITTEN)  # what all machines of a kind share; the last two are not always there
 
 
 @dataclass(eq=False)
