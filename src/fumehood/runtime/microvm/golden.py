@@ -127,7 +127,7 @@ class Golden:
             await link.call("context.warm", language="python")  # its session is there, and has run a cell
             boot_s = time.monotonic() - started
             for _ in range(_REHEARSALS):
-                await _rehearse(link)
+                await _rehearse(link, fully=True)
             await link.aclose()
             await _settled(account)
             await machine.pause()
@@ -138,7 +138,7 @@ class Golden:
         """What the first clone writes to, all do."""
         spec = machine_in(directory, facts)
         async with self._machine(spec, lambda place: self._vmm.restore(spec, directory, place)) as (machine, link, _):
-            await _rehearse(link)
+            await _rehearse(link, fully=False)
             if found := await asyncio.to_thread(machine.written):
                 (directory / WRITTEN).write_bytes(found)
 
@@ -165,12 +165,12 @@ class Golden:
             yield machine, link, account
 
 
-async def _rehearse(link: Link) -> None:
+async def _rehearse(link: Link, *, fully: bool) -> None:
     """All that a clone does for its first answer. After a few there are no pages left that are mapped when they are first read,
     or copied from PID 1's when they are first written to: a clone finds them done.
     """
     await link.call("bind", env={}, **identity(SandboxSpec(), "golden"))
-    await rehearse(link, fully=True)
+    await rehearse(link, fully=fully)
 
 
 def machine_bytes(limits: Limits) -> int:
