@@ -2,12 +2,13 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 PYTEST_ARGS ?=
-.PHONY: help demo test test-all check bench lock
+MACHINES ?=
+.PHONY: help demo test check bench lock
 
 help:
 	@echo "make demo   run the attacks of the demo in a sandbox, and show what held"
-	@echo "make test   the whole suite; by root: as root, then as an ordinary user. PYTEST_ARGS: only the tests it names"
-	@echo "make test-all  by root: the same, and on microVMs; half an hour, a guest kernel is compiled"
+	@echo "make test   the whole suite, half an hour; by root: as root, as an ordinary user, on microVMs (a guest kernel is"
+	@echo "            compiled) and on cgroup v2. MACHINES=no: without the last two. PYTEST_ARGS: only the tests it names"
 	@echo "make check  ruff and pyright"
 	@echo "make bench  measure start and run times on this machine"
 	@echo "make lock   pin every dependency anew in requirements.lock"
@@ -18,11 +19,7 @@ demo:
 
 test:
 	@tools/venv
-	@tools/suite $(PYTEST_ARGS)
-
-test-all:
-	@tools/venv
-	@MACHINES=1 tools/suite
+	@MACHINES=$(MACHINES) tools/suite $(PYTEST_ARGS)
 
 check:
 	@tools/venv

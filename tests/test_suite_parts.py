@@ -16,8 +16,8 @@ SUITE = Path(__file__).parents[1] / "tools/suite"
 # FAILS names the part that does, SLOW those that take a while.
 STAND_IN = """#!/bin/bash
 case "$0 $*" in
-    *ahead.py*) part=behind ;;
-    *on_machines*) part=machines ;;
+    *ahead.py*) part=machines ;;
+    *v2_lane*) part=lane ;;
     *rootless*) part=user ;;
     *) part=root ;;
 esac
@@ -25,7 +25,7 @@ echo "ran $part $*"
 if [[ "$SLOW" = *$part* ]]; then echo $$ >$part.pid; sleep 20; fi
 [ "$FAILS" != $part ]
 """
-PARTS = ("root", "machines", "user", "behind")
+PARTS = ("root", "user", "machines", "lane")
 pytestmark = pytest.mark.root
 
 
@@ -42,7 +42,7 @@ def checkout(tmp_path: Path) -> Path:
 def suite(checkout: Path, *arguments: str, **variables: str) -> subprocess.Popen[str]:
     argv = [str(checkout / "tools/suite"), *arguments]
     return subprocess.Popen(
-        argv, env=os.environ | {"MACHINES": "1"} | variables, stdout=subprocess.PIPE, text=True, start_new_session=True
+        argv, env=os.environ | {"MACHINES": ""} | variables, stdout=subprocess.PIPE, text=True, start_new_session=True
     )
 
 
@@ -60,7 +60,7 @@ def test_every_part_runs_and_one_that_fails_fails_the_whole(fails: str, checkout
 
 @pytest.mark.parametrize("fails", ["root", "user", ""])
 def test_without_machines_it_is_two_parts(fails: str, checkout: Path) -> None:
-    process = suite(checkout, FAILS=fails, MACHINES="")
+    process = suite(checkout, FAILS=fails, MACHINES="no")
     lines = said(process)
     assert [line.split()[1] for line in lines if line.startswith("ran ")] == ["root", "user"]
     assert process.returncode == (1 if fails else 0)
@@ -73,7 +73,7 @@ def test_a_choice_of_tests_is_all_that_runs(fails: str, checkout: Path) -> None:
     assert process.returncode == (1 if fails else 0)
 
 
-@pytest.mark.parametrize("slow", ["behind", "user", "behind machines"])
+@pytest.mark.parametrize("slow", ["lane", "machines", "machines user"])
 def test_what_runs_beside_ends_with_the_suite_h19(slow: str, checkout: Path) -> None:
     process = suite(checkout, SLOW=slow)
     pid = checkout / f"{slow.split()[0]}.pid"

@@ -1,7 +1,7 @@
 """What machines are tested with, made when it is first asked for and kept between runs: kernels, images, Firecracker.
 
-As a program, `python tests/microvm/ahead.py`, it makes what `make test` needs, in the background, with each tier's proof and
-the snapshot that sandboxes go on from; then it is pytest, with the arguments that it was given.
+As a program, `python tests/microvm/ahead.py`, it makes what `make test` needs with what others leave of the processors, each
+tier's proof and the snapshot that sandboxes go on from included; then it is pytest, with the arguments that it was given.
 """
 
 from __future__ import annotations
@@ -105,12 +105,21 @@ def _current(assets: Assets, kind: str, name: str, fact: str, value: str) -> Man
     return found if found.facts.get(fact) == value else None
 
 
-def give_way() -> None:
-    """To whatever else wants a processor. A niceness counts within a session only, which has one of its own (sched(7))."""
-    os.nice(19)
-    if os.getsid(0) == os.getpid():
+@contextlib.contextmanager
+def giving_way() -> Generator[None]:
+    """To whatever else wants a processor."""
+    _weigh(19)
+    try:
+        yield
+    finally:
+        _weigh(0)
+
+
+def _weigh(niceness: int) -> None:
+    os.setpriority(os.PRIO_PROCESS, 0, niceness)
+    if os.getsid(0) == os.getpid():  # a niceness counts within a session only, which has one of its own (sched(7))
         with contextlib.suppress(FileNotFoundError):  # a kernel without autogroups
-            Path("/proc/self/autogroup").write_text("19")
+            Path("/proc/self/autogroup").write_text(str(niceness))
 
 
 def make_all() -> None:
@@ -138,9 +147,9 @@ def make_golden(tier: str, **settings: str) -> None:
 
 
 def main(pytest_arguments: list[str]) -> None:
-    give_way()
     if not lacking():  # else who needs something of it says so
-        make_all()
+        with giving_way():
+            make_all()
     if pytest_arguments:
         os.execv(sys.executable, [sys.executable, "-m", "pytest", *pytest_arguments])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +28,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("microvm") and (packages := ahead.lacking()):
             item.add_marker(pytest.mark.skip(reason=f"needs {packages}"))
+        if not os.path.exists(kvm.DEVICE) and (
+            "firecracker" in item.nodeid or "firecracker" in getattr(item, "fixturenames", ())
+        ):
+            item.add_marker(pytest.mark.may_skip("this host has no KVM, which no package brings"))
 
 
 @pytest.fixture(scope="session")
