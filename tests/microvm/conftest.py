@@ -28,9 +28,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("microvm") and (packages := ahead.lacking()):
             item.add_marker(pytest.mark.skip(reason=f"needs {packages}"))
-        if not os.path.exists(kvm.DEVICE) and (
-            "firecracker" in item.nodeid or "firecracker" in getattr(item, "fixturenames", ())
-        ):
+        names = (item.nodeid, *getattr(item, "fixturenames", ()))
+        if not os.path.exists(kvm.DEVICE) and any("firecracker" in name for name in names):
             item.add_marker(pytest.mark.may_skip("this host has no KVM, which no package brings"))
 
 
