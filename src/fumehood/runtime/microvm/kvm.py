@@ -25,6 +25,12 @@ def check() -> None:
         ) from None
 
 
+def is_emulated() -> bool:
+    """Whether its module runs guest kernels in software: a hint of what to try first; what works the self-test says."""
+    there = {name for name in ("kvm_pvm", "kvm_intel", "kvm_amd") if os.path.exists(f"/sys/module/{name}")}
+    return there == {"kvm_pvm"}
+
+
 @cache
 def tsc_khz() -> int:
     """What guests count with, and can't find out by themselves under emulation; 0 when there is no KVM to ask."""
