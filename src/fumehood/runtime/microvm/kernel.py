@@ -93,6 +93,17 @@ PVM_EDITS = (
     ),
     Edit("kernel/time/timekeeping.c", *_at_once("tk->tkr_mono.xtime_nsec", "nsecps", "tk->xtime_sec", "\n\t\tint leap;")),
     Edit("kernel/time/timekeeping.c", *_at_once("tk->tkr_raw.xtime_nsec", "snsec_per_sec", "tk->raw_sec", "")),
+    # The same time that went by has the neighbour table draw new random times, for which the generator is keyed anew: 20,000
+    # instructions, before its new entropy is there. There is no network device, so there are no neighbours.
+    Edit("net/core/neighbour.c", "return base ? prandom_u32_max(base) + (base >> 1) : 0;", "return base;"),
+    # A restored guest forgets its connections when it hears of that, in a queue of its own. Listen there first: else it accepts
+    # the host's first connection, 23,000 instructions, forgets it, and accepts the second.
+    Edit(
+        "net/vmw_vsock/virtio_transport.c",
+        "\tmutex_lock(&vsock->rx_lock);\n\n\tif (!vsock->rx_run)\n\t\tgoto out_nofill;",
+        "\tif (work_pending(&vsock->event_work))\n\t\tvirtio_transport_event_work(&vsock->event_work);\n"
+        "\tmutex_lock(&vsock->rx_lock);\n\n\tif (!vsock->rx_run)\n\t\tgoto out_nofill;",
+    ),
     # A tick is 2500 instructions, 1.3 ms: at 100 Hz an eighth of what a program has. 24 is the least that jiffies.h allows.
     Edit("kernel/Kconfig.hz", "\tdefault 100 if HZ_100\n", "\tdefault 25 if HZ_100\n"),
 )
