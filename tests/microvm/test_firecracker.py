@@ -8,6 +8,7 @@ import os
 import signal
 import stat
 import tempfile
+from array import array
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +18,9 @@ import vms
 from vms import MIB, PATIENCE_S, UID
 
 from fumehood.errors import CapacityExceeded, SandboxGone, SetupFailed
+from fumehood.runtime.microvm import sparse, written
 from fumehood.runtime.microvm.firecracker import Firecracker
-from fumehood.runtime.microvm.machine import MEMORY, STATE, MachineSpec
+from fumehood.runtime.microvm.machine import MEMORY, STATE, WRITTEN, MachineSpec
 from fumehood.runtime.microvm.process import CONSOLE_BYTES
 
 pytestmark = [pytest.mark.microvm, pytest.mark.root]
@@ -145,7 +147,14 @@ async def test_the_limit_of_a_place_is_the_disks_whatever_the_snapshots_was(
 @pytest.mark.parametrize("uid", [UID, None], ids=["jailed", "plain"])
 @pytest.mark.parametrize(
     ("broken", "word"),
-    [("short", "bytes of"), ("no state", "state"), ("no memory", "memory"), ("other state", "snapshot"), ("no disk", "rootfs")],
+    [
+        ("short", "bytes of"),
+        ("no state", "state"),
+        ("no memory", "memory"),
+        ("other state", "snapshot"),
+        ("no disk", "rootfs"),
+        ("other pages", ""),
+    ],
 )
 async def test_a_snapshot_that_is_damaged_is_refused(
     vmm: Firecracker, booted: Booted, scratch: Path, broken: str, word: str, uid: int | None
@@ -159,6 +168,8 @@ async def test_a_snapshot_that_is_damaged_is_refused(
     elif broken == "other state":
         (scratch / STATE).unlink()
         (scratch / STATE).write_bytes(b"something" * 1000)
+    elif broken == "other pages":
+        (scratch / WRITTEN).write_bytes(b"something" * 1000)
     elif broken == "no disk":
         spec = replace(spec, rootfs=scratch / "rootfs")
     else:
@@ -166,7 +177,24 @@ async def test_a_snapshot_that_is_damaged_is_refused(
     with vms.place(scratch, uid) as where:
         with pytest.raises(SetupFailed) as failed:
             await vmm.restore(spec, scratch, where)
-        assert word in failed.value.cause and failed.value.remediation
+        assert word in failed.value.cause and failed.value.cause and failed.value.remediation
+
+
+async def test_pages_that_a_snapshot_names_are_the_machines_own_before_its_guest_writes_to_them(
+    vmm: Firecracker, booted: Booted, scratch: Path
+) -> None:
+    spec, golden = booted
+    for name in (STATE, MEMORY):
+        os.link(golden / name, scratch / name)
+    with (golden / MEMORY).open("rb") as memory:
+        *_, (_, hole) = sparse.extents(memory.fileno())  # which a guest that was just booted does not come to
+    named = array("Q", [hole, 64 * written.PAGE_BYTES])
+    (scratch / WRITTEN).write_bytes(named.tobytes())
+    with vms.place(scratch, UID) as where:
+        async with vms.restored(vmm, spec, scratch, where) as machine:
+            own = array("Q", machine.written())
+            assert any(at <= hole and at + length >= sum(named) for at, length in zip(own[::2], own[1::2], strict=True))
+            assert await vms.answered(machine, "6 * 7") == "42"
 
 
 async def test_a_kernel_that_is_none_is_refused_with_firecrackers_words(

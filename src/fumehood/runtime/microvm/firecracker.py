@@ -101,7 +101,7 @@ class Firecracker:
             try:
                 with on_disk("the machine was not started"):
                     yield machine
-            except Fault as e:
+            except (Fault, ValueError) as e:  # the second: WRITTEN is damaged
                 raise _not_started(f"{e}\n{monitor.said()[-1000:]}".strip()) from None
             undo.pop_all()
 
