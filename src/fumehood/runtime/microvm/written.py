@@ -32,8 +32,8 @@ def pages(pid: int, memory: str) -> bytes:
 
 
 def copy(pid: int, memory: str, base: int, runs: bytes) -> None:
-    """Gives `pid`, whose guest does not run yet, its own copies of those pages of `base`. Raises OSError; ValueError for runs that
-    are none.
+    """Gives `pid`, whose guest does not run yet, copies of its own of those pages of `base`. Raises OSError; ValueError for
+    runs that are none.
     """
     numbers = array("Q", runs)
     mappings = list(_mappings(pid, memory))
