@@ -50,7 +50,7 @@ ROOMS: Mapping[str, tuple[tuple[str, ...], str]] = {
         (*NOUNS, "config", "runtime.base", "runtime.link", "runtime.rehearsal", "runtime.host", "runtime.microvm", "agent"),
         "tiers never import each other",
     ),
-    "runtime.rehearsal": (("runtime.link",), "a word with an agent, of any tier"),
+    "runtime.rehearsal": ((*NOUNS, "runtime.link"), "a word with an agent, of any tier"),
     "runtime.fake": ((*NOUNS, "config", "runtime.base", "runtime.tree"), "a tier knows the contract, nothing above"),
     "runtime.keeper": (("agent", "runtime.tree"), "it becomes the agent's parent, so it loads no more than the agent does"),
     "live": ((*NOUNS, "execution", "tally", "verdict", "runtime.base", "runtime.link"), "one sandbox, on any tier"),

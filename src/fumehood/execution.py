@@ -17,7 +17,7 @@ from fumehood.outcome import Ended
 from fumehood.runtime.link import Link, Stream
 
 # A run that does not end this long after its cancellation takes the whole sandbox along, so that "timeout" means the
-# stated deadline to within a quarter of a second, whatever the guest does (H17).
+# stated deadline to within a quarter of a second, whatever the guest does (H17). Times Handle.grace, where guests are emulated.
 STOP_GRACE_S = 0.2
 # Nobody waits for a run whose caller went away: on a busy machine its sandbox, with all its state, is worth a longer try.
 LEFT_GRACE_S = 2.0
@@ -138,10 +138,10 @@ def _number(value: object) -> int | None:
 
 
 async def follow(
-    link: Link, stream: Stream, verb: str, capture: Capture, timeout_s: float, kill: Callable[[str], Any], patience: float = 1.0
+    link: Link, stream: Stream, verb: str, capture: Capture, timeout_s: float, kill: Callable[[str], Any], grace: float = 1.0
 ) -> Followed:
     """Until END, the deadline, a cap or the sandbox's end. `kill(cause)` ends the sandbox when the run can't be stopped;
-    `patience`: how many times longer than usual it may take to (Handle.patience)."""
+    `grace`: how many times longer than usual it may take to (Handle.grace)."""
     done, is_program = Followed("end", capture, time.monotonic()), verb == "exec.start"
     try:
         async with asyncio.timeout(timeout_s):
@@ -163,7 +163,7 @@ async def follow(
         await asyncio.shield(_stop(link, stream, capture, kill, is_program, LEFT_GRACE_S))
         raise
     if done.ended in ("timeout", "output_limit"):
-        await _stop(link, stream, capture, kill, is_program, STOP_GRACE_S * patience)
+        await _stop(link, stream, capture, kill, is_program, STOP_GRACE_S * grace)
         done.end = stream.ok  # what was changed until then is still the caller's
     done.execute_s = time.monotonic() - done.started_at
     return done

@@ -77,7 +77,7 @@ class Live:
             left_s = max(_LEAST_S, deadline_s - (time.monotonic() - asked_at))
             stream = await link.open(verb, **arguments)
             undo.callback(asyncio.create_task(feed(stream, stdin)).cancel)
-            done = await follow(link, stream, verb, Capture(self.spec.limits, sinks), left_s, self.kill, handle.patience)
+            done = await follow(link, stream, verb, Capture(self.spec.limits, sinks), left_s, self.kill, handle.grace)
         return self._result(handle, done, before, tally, deadline_s)
 
     def deadline(self, asked_s: float | None) -> float:

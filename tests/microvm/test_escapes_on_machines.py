@@ -43,8 +43,13 @@ ELSEWHERE = {
     **dict.fromkeys(("fork_bomb", "thread_bomb", "memory_anonymous", "memory_tmpfs", "memory_memfd", "memory_pipes"), _BOMB),
     **dict.fromkeys(("descriptors", "inodes", "output_flood"), _BOMB),
 }
-# What a distribution's kernel has and our own leave out. It is the guest's own: SECURITY.md says so.
-IN_STOCK = {"io_uring", "userfaultfd", "keyrings", "host_facts"}  # the last: its kernel's threads are seen
+# What a distribution's kernel has and our own leave out, with the words of each such door: it is the guest's (SECURITY.md).
+IN_STOCK = {
+    "io_uring": "io_uring_setup: ok",
+    "userfaultfd": "(USER_MODE_ONLY): ok",
+    "keyrings": "key",
+    "host_facts": "processes visible",
+}
 FATAL = {"stop_init", "forge_frames"}  # may cost their sandbox
 TRIED = [a for a in ATTEMPTS if a.key not in ELSEWHERE]
 
@@ -66,7 +71,7 @@ def tried(tier: str) -> Iterator[AsyncSandbox]:
 
 def test_each_attempt_of_the_demo_is_tried_here_or_named_with_its_reason() -> None:
     assert set(ELSEWHERE) < {a.key for a in ATTEMPTS} and len(TRIED) >= 35
-    assert {a.key for a in TRIED} > IN_STOCK
+    assert {a.key for a in TRIED} > set(IN_STOCK)
 
 
 @pytest.mark.parametrize("attempt", TRIED, ids=lambda a: f"{a.hazard}-{a.name}")
@@ -74,7 +79,7 @@ async def test_an_attempt_to_escape_is_contained(
     attempt: Attempt, tier: str, guest_kernel: str, host: hosts.Host, tried: AsyncSandbox
 ) -> None:
     """H4-H25, as in `fumehood demo escape`, by the same judge."""
-    is_open = guest_kernel == "stock" and attempt.key in IN_STOCK
+    door = IN_STOCK.get(attempt.key) if guest_kernel == "stock" else None
     async with contextlib.AsyncExitStack() as stack:
         alone = attempt.key in FATAL or attempt.plant is not None
         own = await stack.enter_async_context(AsyncSandbox(tier=tier, url="", limits=LIMITS)) if alone else tried
@@ -84,5 +89,6 @@ async def test_an_attempt_to_escape_is_contained(
         result = await where.run(program(attempt.probe, host.public))
         seen = await escape._CHECKS[attempt.check](where, host) if attempt.check in ("download", "copy_out") else []
         found = escape.verdict(attempt, result, host, seen)
-        assert found.outcome == ("BREACH" if is_open else "contained"), found
+        assert found.outcome == ("BREACH" if door else "contained"), found
+        assert not door or all(line.startswith("BREACH ") and door in line for line in found.evidence), found
         assert not alone or (await tried.run("6 * 7")).text == "42", "of its neighbour"

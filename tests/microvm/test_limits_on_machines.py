@@ -18,7 +18,9 @@ from hostile import LIMITS, MOST, PRELUDE, words
 
 from fumehood import Sandbox
 from fumehood.errors import SandboxGone
+from fumehood.execution import STOP_GRACE_S
 from fumehood.model import MIB
+from fumehood.runtime.microvm.driver import EMULATED
 from fumehood.runtime.microvm.places import OVERHEAD_BYTES
 
 pytestmark = [pytest.mark.microvm, pytest.mark.root]
@@ -132,6 +134,24 @@ def test_a_loop_without_end_that_hears_no_signal_ends_at_its_deadline(tier: str)
     with Sandbox(tier=tier, url="", limits=MOST) as box:
         assert box.run(PRELUDE + code, timeout_s=1).status == "timeout"
         answers(box)
+
+
+STARVED = """
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+for _ in range(5):
+    if os.fork() == 0:
+        os.setsid()
+        while True: pass
+while True: pass
+"""
+
+
+def test_a_deadline_is_not_stretched_by_who_competes_for_the_processor(tier: str) -> None:
+    """H17: the agent is patient with a session that gets none, the host is not."""
+    with Sandbox(tier=tier, url="", limits=MOST) as box:
+        began = time.monotonic()
+        result = box.run(PRELUDE + STARVED, timeout_s=6)
+        assert result.status == "timeout" and time.monotonic() - began < 6 + STOP_GRACE_S * EMULATED.grace + 1.0
 
 
 def test_what_a_monitor_may_use_of_the_host_is_bounded_whatever_its_guest_does(tier: str) -> None:

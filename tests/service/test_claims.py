@@ -81,6 +81,16 @@ async def test_nothing_of_an_earlier_tenant_is_in_a_later_ones_sandbox(service: 
     assert row(service)["hits"] >= 5
 
 
+HISTORY = "print(_i, _ii, _iii, In, Out, get_ipython().history_manager.db_input_cache)"
+
+
+async def test_a_warm_one_shows_nothing_of_the_cell_that_warmed_it(service: Service) -> None:
+    ready = {live.id for live in warm(service)}
+    claimed, cold = await service.create(ME, CreateAsk()), await service.create(ME, CreateAsk(policy="permissive"))
+    assert claimed.id in ready and cold.id not in ready
+    assert await says(service, claimed, HISTORY) == await says(service, cold, HISTORY)
+
+
 async def test_a_claimers_limits_and_env_are_in_force_in_a_warm_one(service: Service) -> None:
     ready = {live.id for live in warm(service)}
     limits = {"memory_bytes": 64 * MIB, "cpus": 0.5}

@@ -178,3 +178,6 @@ class Notebook(Python):
     def reset(self) -> None:
         self.shell.reset(new_session=True)
         self.execution_count = 1
+        history = self.shell.history_manager  # which forgets what it shows as In, and keeps what it shows as _i
+        history._i = history._ii = history._iii = history._i00 = ""
+        history.db_input_cache.clear()

@@ -41,7 +41,8 @@ class Handle(Protocol):
     sandbox_id: str
     protections: tuple[Protection, ...]
     greeted: bool  # connect() says the host's HELLO; else it is said once the agent's was heard
-    patience: float  # how many times longer than usual its agent may take to speak, and to stop something
+    patience: float  # how many times longer than usual its agent may take to speak
+    grace: float  # the same, to stop something whose deadline has passed
 
     async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """The one duplex byte stream to the agent, at its HELLO frame. Callable once, but for machines that were copied."""

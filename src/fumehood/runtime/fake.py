@@ -41,7 +41,7 @@ class FakeHandle:
     """One agent and what it started. Times and sizes are those of the processes alive at the reading."""
 
     protections = _OFF
-    patience, greeted = 1.0, False
+    patience, grace, greeted = 1.0, 1.0, False
 
     def __init__(self, sandbox_id: str, keeper: subprocess.Popen[bytes], channel: socket.socket, home: str) -> None:
         self.sandbox_id = sandbox_id

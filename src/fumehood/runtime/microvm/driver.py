@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from fumehood.agent.args import LIMITS
 from fumehood.config import Config
@@ -35,17 +35,28 @@ ACCOUNT = ("oom_kills", "pids_refused", "pids", "pids_peak", "disk_full", "disk_
 _LATE = frozenset({"cpus", "cpu_weight", *LIMITS} - {"memory_bytes", "disk_bytes"})
 
 
+class Speed(NamedTuple):
+    """Of guests: Handle's numbers of that name."""
+
+    patience: float = 1.0
+    grace: float = 1.0
+
+
+# A fork takes half a second on a free processor, several on a busy one. Stopping takes less than the 2 s for which an agent has
+# patience with a session that gets no processor: else code that sees to that had ten times its deadline, again and again (H17).
+EMULATED = Speed(15.0, 8.0)
+
+
 class MicrovmHandle:
     """One live machine. `origin` is what it runs from; `_undo` gives back, in reverse, whatever its start took."""
 
     greeted = True
-    patience = 15.0  # where it is emulated a fork takes half a second on a free processor, and several on a busy one
 
     def __init__(
-        self, sandbox_id: str, machine: Machine, origin: Origin, account: Account, stated: tuple[Protection, ...]
+        self, sandbox_id: str, machine: Machine, origin: Origin, account: Account, stated: tuple[Protection, ...], speed: Speed
     ) -> None:
         self.sandbox_id, self.machine, self.origin, self.protections = sandbox_id, machine, origin, stated
-        self.paused = False
+        self.paused, (self.patience, self.grace) = False, speed
         self._account, self._told = account, dict[str, Any]()
         self._undo = AsyncExitStack()
 
@@ -107,8 +118,8 @@ class MicrovmRuntime:
 
     late_limits = _LATE
 
-    def __init__(self, config: Config, vmm: Vmm, kernel: Callable[[], Manifest], jailed: str) -> None:
-        self.tier = vmm.name
+    def __init__(self, config: Config, vmm: Vmm, kernel: Callable[[], Manifest], jailed: str, speed: Speed) -> None:
+        self.tier, self._speed = vmm.name, speed
         self._config, self._vmm = config, vmm
         self._places = Places(config)
         self._golden = Golden(config, vmm, self._places, kernel)
@@ -142,7 +153,7 @@ class MicrovmRuntime:
             machine = await self._vmm.restore(origin.machine, origin.directory, place)
             undo.push_async_callback(machine.aclose)
             account.entered(machine.pid)  # before a byte of a caller's: what it was started with is no proof (H13)
-            handle = MicrovmHandle(sandbox_id, machine, origin, account, self.protections)
+            handle = MicrovmHandle(sandbox_id, machine, origin, account, self.protections, self._speed)
             handle._undo = undo.pop_all()  # pyright: ignore[reportPrivateUsage]
             return handle
 

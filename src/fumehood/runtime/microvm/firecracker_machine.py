@@ -36,6 +36,7 @@ class FirecrackerMachine:
         self.jail, self.api = jail, Api(monitor, jail)
         self.base: int | None = None
         self._monitor = monitor
+        self._loaded = frozenset[int]()
         self._diff_fits = True  # what Firecracker holds for written since the last snapshot is the difference to `base`
 
     async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -95,14 +96,23 @@ class FirecrackerMachine:
             self._diff_fits = True
 
     def written(self) -> bytes:
-        return written.pages(self.pid, MEMORY)
+        return written.runs(self._written_pages() - self._loaded)
 
     async def own(self, pages: Path) -> None:
         """Of a machine that did not run yet: copies now what it would write to anyway, where we may (Yama: not everybody)."""
-        if self.base is not None and pages.exists():
-            base, runs = self.base, pages.read_bytes()
-            with contextlib.suppress(PermissionError):
-                await _undisturbed(lambda: written.copy(self.pid, MEMORY, base, runs))
+        if self.base is None or not pages.exists():
+            # What Firecracker itself writes at a load is each machine's own: a generation ID, say (H20).
+            self._loaded = await asyncio.to_thread(self._written_pages)
+            return
+        base, runs = self.base, pages.read_bytes()
+        with contextlib.suppress(PermissionError):
+            await _undisturbed(lambda: written.copy(self.pid, MEMORY, base, runs))
+
+    def _written_pages(self) -> frozenset[int]:
+        try:
+            return written.pages(self.pid, MEMORY)
+        except PermissionError:
+            return frozenset()
 
     def _create(self, name: str, undo: contextlib.ExitStack) -> int:
         fd = self.jail.create(name)

@@ -25,10 +25,14 @@ def check() -> None:
         ) from None
 
 
+def modules() -> tuple[str, ...]:
+    """Which of those that run guests are there."""
+    return tuple(name for name in ("kvm_amd", "kvm_intel", "kvm_pvm") if os.path.exists(f"/sys/module/{name}"))
+
+
 def is_emulated() -> bool:
-    """Whether its module runs guest kernels in software: a hint of what to try first; what works the self-test says."""
-    there = {name for name in ("kvm_pvm", "kvm_intel", "kvm_amd") if os.path.exists(f"/sys/module/{name}")}
-    return there == {"kvm_pvm"}
+    """Whether guest kernels run in software: a hint of what to try first; what works the self-test says."""
+    return modules() == ("kvm_pvm",)
 
 
 @cache

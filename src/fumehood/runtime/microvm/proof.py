@@ -94,7 +94,7 @@ def facts(config: Config, tier: str, kernel: Manifest, image: Manifest) -> dict[
     return {
         "host_kernel": platform.release(),
         "monitor": "; ".join(_stamp(path) for path in files),
-        "kvm": "yes" if os.access(kvm.DEVICE, os.R_OK | os.W_OK) else "no",
+        "kvm": " ".join(("yes", *kvm.modules())) if os.access(kvm.DEVICE, os.R_OK | os.W_OK) else "no",
         "kernel": kernel.digest,
         "image": image.digest,
         "agent": agent_digest(),

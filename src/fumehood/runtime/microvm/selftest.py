@@ -31,7 +31,7 @@ from fumehood.runtime.microvm.proof import PROGRAMS, Proof, facts, program, save
 from fumehood.runtime.microvm.qemu import Qemu
 
 Step = Callable[[str, int, int], None]
-# In this order. `pvm` turns protections of its kernel off, so it has its turn when the others did not come up.
+# In this order, unless one is asked for by name. `pvm` turns protections of its kernel off: its turn is when the others failed.
 KERNELS = {"firecracker": ("small", "stock", "pvm"), "qemu": ("small", "stock")}
 _INSTALL = {
     "firecracker": "install Firecracker 1.14.4 or later and its jailer from its own release, on PATH or as a setting",

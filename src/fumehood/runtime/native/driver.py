@@ -33,7 +33,7 @@ _BY_GROUPS = frozenset({"cpus", "cpu_weight", "memory_bytes", "swap_bytes", "pid
 class NativeHandle:
     """One live native sandbox. `_undo` gives back, in reverse, whatever start() took."""
 
-    patience, greeted = 1.0, False
+    patience, grace, greeted = 1.0, 1.0, False
 
     def __init__(self, sandbox_id: str, pidfd: int, channel: socket.socket, disk_fd: int, account: accounting.Account) -> None:
         self.sandbox_id = sandbox_id
