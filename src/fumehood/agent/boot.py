@@ -37,6 +37,7 @@ _SWITCHES = {
     "fs/protected_symlinks": "1",
     "user/max_user_namespaces": "0",
     "vm/unprivileged_userfaultfd": "0",
+    "vm/compaction_proactiveness": "0",  # else an idle guest looks twice a second whether its memory is in order
 }
 _libc = ctypes.CDLL(None, use_errno=True)
 
