@@ -1,5 +1,5 @@
-"""Pages that every machine of a kind writes to before its first answer: copied while its guest stands still they cost 4 us each,
-30 us when the guest writes to them, where KVM is emulated (docs/decisions/0009).
+"""Pages that every machine of a kind writes to before its first answer: where KVM is emulated such a page costs 4 us copied
+before the guest runs, and 30 us when the guest writes to it (docs/decisions/0009).
 """
 
 from __future__ import annotations
