@@ -99,7 +99,7 @@ class Supervisor:
     async def fork(self, live: Live, count: int, *, timed: bool = True) -> list[Live]:
         """So many new sandboxes that go on from where `live` is, all or none. Raises as `snapshot`, and InvalidInput."""
         if not 1 <= count <= MAX_FORKS:
-            raise InvalidInput(f"{count} forks", cause=f"from 1 to {MAX_FORKS} at once", remediation="ask for fewer at once")
+            raise InvalidInput(f"{count} forks", cause=f"from 1 to {MAX_FORKS} at once", remediation="ask for so many")
         runtime, started = self.copying(live.tier), time.monotonic()
         forks = [self._new(live.spec, live.tier) for _ in range(count)]
         async with contextlib.AsyncExitStack() as undo:

@@ -94,7 +94,7 @@ def test_a_tier_by_name_that_is_not_proven_is_a_finding_and_exit_one(fumehood: R
 def test_a_boot_without_a_monitor_fails_and_is_remembered_with_the_reason(fumehood: Run, bare: Path, tier: str) -> None:
     done = fumehood("doctor", "--json", "--boot", "--tier", tier)
     row = next(row for row in json.loads(done.stdout)["tiers"] if row["tier"] == tier)
-    assert done.returncode == 1 and f"no-{tier} is no program" in row["reason"] and row["at"]
+    assert done.returncode == 1 and f"no-{tier} is no file" in row["reason"] and row["at"]
     again = json.loads(fumehood("doctor", "--json").stdout)
     assert next(row["reason"] for row in again["tiers"] if row["tier"] == tier) == row["reason"]
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from fumehood.runtime.microvm import kvm
+
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -32,7 +34,7 @@ def test_a_tier_without_guests_is_wrong_usage(fumehood: Run, tier: str) -> None:
     assert done.returncode == 2 and "known: firecracker, qemu" in done.stderr
 
 
-@pytest.mark.parametrize(("tier", "help_"), [("qemu", "apt-get install"), ("firecracker", "its own release")])
+@pytest.mark.parametrize(("tier", "help_"), [("qemu", "apt-get install"), ("firecracker", "firecracker-microvm")])
 def test_without_a_monitor_it_says_how_to_get_one_and_makes_nothing(
     fumehood: Run, no_programs: None, tmp_path: Path, tier: str, help_: str
 ) -> None:
@@ -59,7 +61,23 @@ def test_a_monitor_that_was_named_is_not_replaced_by_one_that_is_installed(
 ) -> None:
     monkeypatch.setenv("FUMEHOOD_QEMU", str(tmp_path / "mine"))
     done = fumehood("image", "prepare", "qemu", "--install")
-    assert done.returncode == 126 and "mine is no program" in done.stderr
+    assert done.returncode == 126 and "mine is no file" in done.stderr
+
+
+@pytest.mark.root
+@pytest.mark.parametrize(("jailer", "mode", "said"), [(False, 0o755, "has no jailer"), (True, 0o700, "chmod 755")])
+def test_a_monitor_that_no_machine_could_run_is_told_before_anything_is_built(
+    fumehood: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, jailer: bool, mode: int, said: str
+) -> None:
+    if not os.path.exists(kvm.DEVICE):
+        said = "no KVM for us"
+    for name in ("Firecracker", "Jailer") if jailer else ("Firecracker",):
+        program = tmp_path / name.lower()
+        program.write_text(f"#!/bin/sh\necho '{name} v1.14.4'\n")
+        program.chmod(mode)
+    monkeypatch.setenv("FUMEHOOD_FIRECRACKER", str(tmp_path / "firecracker"))
+    done = fumehood("image", "prepare", "firecracker")
+    assert done.returncode == 126 and said in done.stderr and not made(tmp_path)
 
 
 @pytest.mark.rootless

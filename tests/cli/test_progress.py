@@ -2,18 +2,24 @@
 
 import pytest
 
-from fumehood.cli.progress import progress
+from fumehood.cli import progress
 
-STEPS = [("fetching packages", 0, 3), ("unpacking one", 1, 3), ("unpacking two", 2, 3), ("compiling the kernel", 0, 900)]
-STEPS += [("compiling the kernel", 1, 900)]
+STEPS = [("fetching packages", 0, 3), ("unpacking packages", 1, 3), ("unpacking packages", 2, 3), ("making it", 0, 1)]
 
 
 @pytest.mark.parametrize(
-    ("wanted", "said"),
-    [(True, ["fetching packages ...", "unpacking one ...", "compiling the kernel ..."]), (False, [])],
+    ("wanted", "again_s", "said"),
+    [
+        (True, 30.0, ["fetching packages ...", "unpacking packages ...", "making it ..."]),
+        (True, 0.0, ["fetching packages ...", "unpacking packages ...", "unpacking packages: 2 of 3", "making it ..."]),
+        (False, 0.0, []),
+    ],
 )
-def test_without_a_terminal_each_kind_of_work_is_a_line(wanted: bool, said: list[str], capsys: pytest.CaptureFixture) -> None:
-    with progress(wanted) as step:
+def test_without_a_terminal_each_work_is_a_line_and_long_work_says_how_far_it_is(
+    wanted: bool, again_s: float, said: list[str], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "_SAY_AGAIN_S", again_s)
+    with progress.progress(wanted) as step:
         for each in STEPS:
             step(*each)
     out, err = capsys.readouterr()

@@ -7,10 +7,13 @@ import contextlib
 import dataclasses
 import os
 import shutil
+import stat
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Generator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -88,12 +91,14 @@ def _stoppable(step: Step) -> Generator[Step]:
         yield checked
     except asyncio.CancelledError:
         stopped.set()
+        print("stopping: what is half made is removed, which can take a minute; what is whole is kept", file=sys.stderr)
         raise
 
 
 def _in_words(row: dict[str, Any]) -> str:
     auto = "; auto takes it from now on (a running server: from its next start)" if row["tier"] == "firecracker" else ""
-    return f"ready: {row['is']}, a sandbox in {row['create_ms']} ms{auto}; try: {row['next']}"
+    made = f"ready in {row['seconds']:.0f} s: {row['is']}, a sandbox in {row['create_ms']} ms{auto}"
+    return f"{made}; made from the template {row['template']}, others are prepared by --template; try: {row['next']}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +131,8 @@ class Preparation:
             return proof
         failures: list[str] = []
         for profile in await asyncio.to_thread(_profiles, assets, self.tier):
+            if failures:
+                self.step(f"that did not come up ({failures[-1].splitlines()[0][:200]}); now the kernel {profile}", 0, 1)
             await asyncio.to_thread(self._kernel, assets, profile)
             proof = await prove(self.config, self.tier, self.step, image=self.template, kernels=[profile])
             if proof.proven:
@@ -152,12 +159,17 @@ class Preparation:
         return create_ms
 
     async def _monitor(self) -> None:
+        from fumehood.runtime.microvm import kvm
         from fumehood.runtime.microvm.proof import program
         from fumehood.runtime.microvm.selftest import monitor
 
         if program(self.config, self.tier) is None and not getattr(self.config, self.tier) and self.tier in _MONITORS:
             await asyncio.to_thread(self._get, _MONITORS[self.tier])
         await monitor(self.config, self.tier).version()
+        if self.tier == "firecracker":
+            kvm.check()
+            if (found := program(self.config, self.tier)) and os.geteuid() == 0:
+                _check_jailed(found)
 
     def _image(self, assets: Assets) -> None:
         from fumehood.runtime.microvm.image import agent_digest, build_image
@@ -190,6 +202,24 @@ class Preparation:
         )
         if done.returncode:
             raise SetupFailed("apt-get failed", cause=done.stderr.strip()[-500:], remediation="apt-get update, then again")
+
+
+def _check_jailed(firecracker: Path) -> None:
+    """Raises ProtectionUnavailable for what would be found out after minutes of compiling."""
+    jailer = firecracker.with_name("jailer")
+    if not jailer.exists():
+        raise ProtectionUnavailable(
+            "Firecracker has no jailer",
+            cause=f"{jailer} is not there, and as root each machine runs under it",
+            remediation="put the jailer of the same release beside firecracker",
+        )
+    for path in (firecracker, jailer):
+        if not path.stat().st_mode & stat.S_IXOTH:
+            raise ProtectionUnavailable(
+                f"{path} can't be run by a machine's own uid",
+                cause=f"its mode is {stat.S_IMODE(path.stat().st_mode):o}",
+                remediation=f"chmod 755 {path}",
+            )
 
 
 def _profiles(assets: Assets, tier: str) -> Sequence[str]:

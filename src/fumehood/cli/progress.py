@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
+_SAY_AGAIN_S = 30.0
 Step = Callable[[str, int, int], None]  # what is being done, how much of it is done, how much there is
 
 
 @contextmanager
 def progress(wanted: bool) -> Generator[Step]:
-    """On stderr: a bar on a terminal, elsewhere a line for each kind of work as it begins."""
+    """On stderr: a bar on a terminal, elsewhere a line for each work as it begins, and now and then how far it is."""
     if not wanted:
         yield lambda text, done, total: None
         return
@@ -29,12 +31,14 @@ def progress(wanted: bool) -> Generator[Step]:
 
 
 def _lines() -> Step:
-    kind = ""
+    said, said_at_s = "", 0.0
 
     def line(text: str, done: int, total: int) -> None:
-        nonlocal kind
-        if (now := text.partition(" ")[0]) != kind:  # unpacking one package after the other is one kind
-            kind = now
-            print(f"{text} ...", file=sys.stderr, flush=True)
+        nonlocal said, said_at_s
+        now_s = time.monotonic()
+        if text != said or now_s - said_at_s >= _SAY_AGAIN_S:
+            far = f": {done} of {total}" if text == said else " ..."
+            said, said_at_s = text, now_s
+            print(text + far, file=sys.stderr, flush=True)
 
     return line

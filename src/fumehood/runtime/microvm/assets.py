@@ -29,7 +29,7 @@ MANIFEST = "manifest.json"
 RESERVE_BYTES = 256 << 20  # stays free whatever is made: a full disk stops more than microVMs
 _MAKE_WITH = {
     "kernels": "fumehood image kernel --profile {name}",
-    "images": "fumehood image build {name}",
+    "images": "fumehood image build {name}, or for all that it takes: fumehood image prepare TIER --template {name}",
     "snapshots": "rm -r {directory}: it is made again when it is next needed",
 }
 KINDS = tuple(_MAKE_WITH)

@@ -55,7 +55,7 @@ class Copies:
         another version of the monitor made.
         """
         if all(facts.id != snapshot_id for facts in self.all()):
-            raise NotFound(f"no snapshot {snapshot_id[:40]!r}", remediation="list them; discarded ones are gone")
+            raise self._unknown(snapshot_id)
         found = await asyncio.to_thread(self._assets.load, "snapshots", _LIVE + snapshot_id)
         for name in ("format", "vmm", "version", "generation"):
             if found.facts.get(name) != current[name]:
@@ -89,10 +89,14 @@ class Copies:
                 found.append(SnapshotFacts(name.removeprefix(_LIVE), "", 0.0, 0))
         return found
 
+    def _unknown(self, snapshot_id: str) -> NotFound:
+        other = "name the tier that made it; discarded ones are gone"
+        return NotFound(f"the tier {self._kind} has no snapshot {snapshot_id[:40]!r}", remediation=other)
+
     async def discard(self, snapshot_id: str) -> None:
         """Raises NotFound."""
         if all(facts.id != snapshot_id for facts in self.all()):
-            raise NotFound(f"no snapshot {snapshot_id[:40]!r}")
+            raise self._unknown(snapshot_id)
         await asyncio.to_thread(self._assets.remove, "snapshots", _LIVE + snapshot_id)
 
 

@@ -36,7 +36,7 @@ def unpack(packages: Sequence[str], root: Path, step: Callable[[str, int, int], 
         _run(["apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", *names], Path(directory))
         debs = sorted(Path(directory).glob("*.deb"))
         for number, deb in enumerate(debs):
-            step(f"unpacking {deb.name.partition('_')[0]}", number + 1, len(names) + 1)
+            step("unpacking packages", number + 1, len(names) + 1)
             _run(["dpkg-deb", "-x", str(deb), str(root)], Path(directory))
         return [deb.name for deb in debs]
 

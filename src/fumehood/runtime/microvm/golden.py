@@ -60,7 +60,7 @@ class Golden:
             raise SetupFailed(
                 f"the image {image.name!r} is of another version",
                 cause="its agent is not this version's",
-                remediation=f"run: fumehood image build {image.name}",
+                remediation=f"run: fumehood image prepare {self._vmm.name} --template {image.name}",
             )
         facts = await self._facts(kernel, image, spec)
         name = f"{self._vmm.name}-{spec.template.name}-{_digest(facts)[:16]}"  # what an asset's name may have: 64 characters

@@ -62,7 +62,8 @@ class Proof:
         return not self.proven and self.proven_at > 0
 
     def __str__(self) -> str:
-        return f"{self.tier} {self.version.removeprefix(_QEMU_SAYS)}, kernel {self.kernel}, {self.accel}"
+        weaker = " (its own mitigations are off: KVM is emulated here)" if self.kernel == "pvm" else ""
+        return f"{self.tier} {self.version.removeprefix(_QEMU_SAYS)}, kernel {self.kernel}{weaker}, {self.accel}"
 
     @classmethod
     def load(cls, config: Config, tier: str) -> Self:

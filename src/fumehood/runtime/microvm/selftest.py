@@ -34,7 +34,8 @@ Step = Callable[[str, int, int], None]
 # In this order, unless one is asked for by name. `pvm` turns protections of its kernel off: its turn is when the others failed.
 KERNELS = {"firecracker": ("small", "stock", "pvm"), "qemu": ("small", "stock")}
 _INSTALL = {
-    "firecracker": "install Firecracker 1.14.4 or later and its jailer from its own release, on PATH or as a setting",
+    "firecracker": "put firecracker and its jailer, of one release from 1.14.4 on (GitHub: firecracker-microvm/firecracker), into"
+    " one directory, with mode 755, on PATH or named by FUMEHOOD_FIRECRACKER",
     "qemu": "apt-get install --no-install-recommends qemu-system-x86",
 }
 _MEMORY_BYTES = 256 * MIB
@@ -58,7 +59,7 @@ def monitor(config: Config, tier: str, accel: str = "") -> Vmm:
     found = program(config, tier)
     if found is None:
         named = getattr(config, tier)
-        cause = f"{named} is no program" if named else f"there is no {PROGRAMS[tier]} on PATH"
+        cause = f"{named} is no file that can be executed" if named else f"there is no {PROGRAMS[tier]} on PATH"
         raise ProtectionUnavailable(f"the tier {tier} has no monitor", cause=cause, remediation=_INSTALL[tier])
     return Firecracker(found) if tier == "firecracker" else Qemu(found, accel or "tcg")
 
