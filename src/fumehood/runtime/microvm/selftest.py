@@ -34,8 +34,8 @@ Step = Callable[[str, int, int], None]
 # In this order, unless one is asked for by name. `pvm` turns protections of its kernel off: its turn is when the others failed.
 KERNELS = {"firecracker": ("small", "stock", "pvm"), "qemu": ("small", "stock")}
 _INSTALL = {
-    "firecracker": "put firecracker and its jailer, of one release from 1.14.4 on (GitHub: firecracker-microvm/firecracker), into"
-    " one directory, with mode 755, on PATH or named by FUMEHOOD_FIRECRACKER",
+    "firecracker": "put firecracker and its jailer, of one release from 1.14.4 on (GitHub: firecracker-microvm/firecracker),"
+    " into one directory, with mode 755, on PATH or named by FUMEHOOD_FIRECRACKER",
     "qemu": "apt-get install --no-install-recommends qemu-system-x86",
 }
 _MEMORY_BYTES = 256 * MIB
