@@ -12,6 +12,7 @@ import functools
 import hashlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -147,6 +148,7 @@ def make_golden(tier: str, **settings: str) -> None:
 
 
 def main(pytest_arguments: list[str]) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # else monitors would live on
     if not lacking():  # else who needs something of it says so
         with giving_way():
             make_all()
