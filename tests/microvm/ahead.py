@@ -108,8 +108,8 @@ def _current(assets: Assets, kind: str, name: str, fact: str, value: str) -> Man
 
 @contextlib.contextmanager
 def giving_way() -> Generator[None]:
-    """To whatever else wants a processor, but for what is in nobody's way (tools/suite: lane)."""
-    _weigh(10)
+    """To whatever else wants a processor, but for the cgroup v2 lane (tools/suite), which may end last."""
+    _weigh(15)
     try:
         yield
     finally:
