@@ -7,8 +7,8 @@ MACHINES ?=
 
 help:
 	@echo "make demo   run the attacks of the demo in a sandbox, and show what held"
-	@echo "make test   the whole suite, half an hour; by root: as root, as an ordinary user, on microVMs (a guest kernel is"
-	@echo "            compiled) and on cgroup v2. MACHINES=no: without the last two. PYTEST_ARGS: only the tests it names"
+	@echo "make test   the whole suite; by root: as root, then as an ordinary user. PYTEST_ARGS: only the tests it names"
+	@echo "            MACHINES=yes, by root: on microVMs and on cgroup v2, too; half an hour, a guest kernel is compiled"
 	@echo "make check  ruff and pyright"
 	@echo "make bench  measure start and run times on this machine"
 	@echo "make lock   pin every dependency anew in requirements.lock"

@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
 from fumehood.config import Config
-from fumehood.errors import AgentUnresponsive, InvalidInput, NotFound, Unsupported
+from fumehood.errors import AgentUnresponsive, InvalidInput, NotFound, SandboxGone, Unsupported
 from fumehood.live import Live
 from fumehood.model import SandboxSpec, SandboxState, move
 from fumehood.runtime.base import Handle, Runtime, SnapshotFacts, Snapshots
@@ -36,6 +36,7 @@ class Supervisor:
         self.config, self._tiers = config, tiers
         self._runtimes: dict[str, Runtime] = {}
         self._live: dict[str, Live] = {}
+        self._closed = False
         # At once. The disk is the bound; and each holds a thread of the loop's pool, in which its monitor needs others.
         self._snapshots_at_once = asyncio.Semaphore(2)
 
@@ -161,7 +162,12 @@ class Supervisor:
     async def _begun(self, live: Live, start: Callable[[Live], Awaitable[Handle]]) -> Live:
         started = time.monotonic()
         async with contextlib.AsyncExitStack() as undo:
-            live.handle = await start(live)
+            try:
+                live.handle = await start(live)
+            except OSError as e:
+                if self._closed:  # and what it starts from was taken away meanwhile
+                    raise SandboxGone("the sandbox was not made", cause="its supervisor was closed") from e
+                raise
             undo.push_async_callback(live.handle.aclose)
             live.link = await self._bound(live.handle, live.spec, undo)
             undo.pop_all()
@@ -208,6 +214,7 @@ class Supervisor:
 
     async def aclose(self) -> None:
         """All of it, whatever one of them raises."""
+        self._closed = True
         async with contextlib.AsyncExitStack() as undo:
             for runtime in self._runtimes.values():
                 undo.push_async_callback(runtime.aclose)

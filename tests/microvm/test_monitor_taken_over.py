@@ -20,7 +20,7 @@ from fumehood.config import Config
 from fumehood.model import MIB, Limits
 from fumehood.runtime.microvm import sparse
 from fumehood.runtime.microvm.assets import Assets
-from fumehood.runtime.microvm.driver import MicrovmHandle
+from fumehood.runtime.microvm.driver import MicrovmHandle, Speed
 from fumehood.runtime.microvm.machine import Place
 from fumehood.runtime.microvm.places import Places
 from fumehood.runtime.microvm.process import Monitor
@@ -117,7 +117,7 @@ async def test_a_monitor_can_make_no_file_larger_than_its_machine_s_memory(tmp_p
 
 
 def test_what_a_guest_tells_of_its_account_takes_no_more_room_however_often_it_tells_it() -> None:
-    handle = MicrovmHandle("s1", cast(Any, None), cast(Any, None), cast(Any, None), ())
+    handle = MicrovmHandle("s1", cast(Any, None), cast(Any, None), cast(Any, None), (), Speed())
     tracemalloc.start()
     try:
         for told in range(50):
