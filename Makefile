@@ -2,7 +2,6 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 PYTEST_ARGS ?=
-MACHINES ?=
 .PHONY: help demo test check bench lock
 
 help:
@@ -19,7 +18,7 @@ demo:
 
 test:
 	@tools/venv
-	@MACHINES=$(MACHINES) tools/suite $(PYTEST_ARGS)
+	@tools/suite $(PYTEST_ARGS)
 
 check:
 	@tools/venv

@@ -45,9 +45,7 @@ def check_id(snapshot_id: str) -> str:
 def check_count(count: object) -> int:
     """Raises InvalidInput."""
     if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= MAX_FORKS:
-        raise InvalidInput(
-            f"fork({count!r})", cause=f"not a number from 1 to {MAX_FORKS}", remediation="ask for as many as that"
-        )
+        raise InvalidInput(f"fork({count!r})", cause=f"not a number from 1 to {MAX_FORKS}", remediation="ask for so many")
     return count
 
 

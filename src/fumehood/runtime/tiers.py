@@ -33,25 +33,23 @@ def _fake(config: Config) -> Runtime:
 
 
 def _firecracker(config: Config) -> Runtime:
-    from fumehood.runtime.microvm.driver import EMULATED, MicrovmRuntime, Speed
+    from fumehood.runtime.microvm.driver import MicrovmRuntime, speed
     from fumehood.runtime.microvm.firecracker import Firecracker
     from fumehood.runtime.microvm.proof import program, proven_kernel
 
     proof = _proven(config, "firecracker")
     vmm = Firecracker(program(config, "firecracker"))
-    speed = EMULATED if proof.kernel == "pvm" else Speed()
-    return MicrovmRuntime(config, vmm, lambda: proven_kernel(config, proof), vmm.jailed, speed)
+    return MicrovmRuntime(config, vmm, lambda: proven_kernel(config, proof), vmm.jailed, speed(proof))
 
 
 def _qemu(config: Config) -> Runtime:
-    from fumehood.runtime.microvm.driver import EMULATED, MicrovmRuntime, Speed
+    from fumehood.runtime.microvm.driver import MicrovmRuntime, speed
     from fumehood.runtime.microvm.proof import program, proven_kernel
     from fumehood.runtime.microvm.qemu import Qemu
 
     proof = _proven(config, "qemu")
     vmm = Qemu(program(config, "qemu"), proof.accel)
-    speed = EMULATED if proof.accel == "tcg" else Speed()
-    return MicrovmRuntime(config, vmm, lambda: proven_kernel(config, proof), _QEMU_JAIL, speed)
+    return MicrovmRuntime(config, vmm, lambda: proven_kernel(config, proof), _QEMU_JAIL, speed(proof))
 
 
 TIERS: Mapping[str, Callable[[Config], Runtime]] = {

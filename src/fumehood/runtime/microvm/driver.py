@@ -30,6 +30,7 @@ from fumehood.runtime.microvm.identity import identity
 from fumehood.runtime.microvm.machine import Machine, Vmm
 from fumehood.runtime.microvm.origin import Origin
 from fumehood.runtime.microvm.places import Places, monitors
+from fumehood.runtime.microvm.proof import Proof
 
 ACCOUNT = ("oom_kills", "pids_refused", "pids", "pids_peak", "disk_full", "disk_used_bytes")  # whatever else a guest says
 _LATE = frozenset({"cpus", "cpu_weight", *LIMITS} - {"memory_bytes", "disk_bytes"})
@@ -45,6 +46,10 @@ class Speed(NamedTuple):
 # A fork takes half a second on a free processor, several on a busy one. Stopping takes less than the 2 s for which an agent has
 # patience with a session that gets no processor: else code that sees to that had ten times its deadline, again and again (H17).
 EMULATED = Speed(15.0, 8.0)
+
+
+def speed(proof: Proof) -> Speed:
+    return EMULATED if proof.emulated else Speed()
 
 
 class MicrovmHandle:

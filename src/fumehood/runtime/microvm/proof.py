@@ -61,6 +61,11 @@ class Proof:
         """It was proven once and is not any more: who relied on it must be told."""
         return not self.proven and self.proven_at > 0
 
+    @property
+    def emulated(self) -> bool:
+        """Whether guests' kernels run in software: `pvm` is for such a KVM."""
+        return self.kernel == "pvm" or self.accel == "tcg"
+
     def __str__(self) -> str:
         weaker = " (its own mitigations are off: KVM is emulated here)" if self.kernel == "pvm" else ""
         return f"{self.tier} {self.version.removeprefix(_QEMU_SAYS)}, kernel {self.kernel}{weaker}, {self.accel}"
