@@ -58,6 +58,11 @@ def test_dicts_and_lists_are_json_too(session: Client, value: str):
     assert answer.main["text/plain"] == value
 
 
+@pytest.mark.parametrize("value", [f"list(range({wire.MAX_JSON_ITEMS}))", f"[list(range({wire.MAX_JSON_ITEMS}))]"])
+def test_what_a_frame_can_not_hold_as_json_is_text_only(session: Client, value: str):
+    assert set(session.run(value).main) == {"text/plain"}
+
+
 @pytest.mark.parametrize("code", ["[float('nan')]", "[object]", "{1: {2}}", "a = []\na.append(a)\na"])
 def test_what_json_can_not_hold_is_text_only(session: Client, code: str):
     assert list(session.run(code).main) == ["text/plain"]

@@ -19,6 +19,7 @@ from .chart import chart_of
 CHART = "application/vnd.fumehood.chart+json"
 DATA = "application/vnd.fumehood.data+json"
 PNG, JPEG, JSON, TEXT = "image/png", "image/jpeg", "application/json", "text/plain"
+MAX_ITEMS = wire.MAX_JSON_ITEMS - 1_000  # of a result: the rest is for what its event adds
 MAX_CELLS = 100_000  # larger frames travel as text and HTML only: the text is cut by pandas, the data would not be
 
 
@@ -62,13 +63,20 @@ def image_png(image: Any) -> bytes:
     return out.getvalue()
 
 
-def plain_json(value: Any) -> Any:
-    """The value itself where JSON can hold it (no NaN, no foreign objects, no cycles), else None."""
+def _is_json(value: Any) -> bool:
+    """Whether JSON can hold it: no NaN, no foreign objects, no cycles."""
     try:
         json.dumps(value, allow_nan=False)
     except (TypeError, ValueError, RecursionError):
+        return False
+    return True
+
+
+def json_copy(value: Any) -> Any:
+    """The list or dict itself where a frame can hold it as JSON, else None."""
+    if len(value) > MAX_ITEMS:  # it would be left out after seconds of work, where a guest's processor is emulated
         return None
-    return value
+    return value if _is_json(value) else None
 
 
 def _nothing(_value: Any) -> None:
@@ -83,8 +91,8 @@ FORMATS: tuple[tuple[str, str, str, Callable[[Any], Any]], ...] = (
     (CHART, "matplotlib.figure", "Figure", chart_of),
     (PNG, "PIL.Image", "Image", image_png),
     (JPEG, "PIL.Image", "Image", _nothing),
-    (JSON, "builtins", "dict", plain_json),
-    (JSON, "builtins", "list", plain_json),
+    (JSON, "builtins", "dict", json_copy),
+    (JSON, "builtins", "list", json_copy),
 )
 _BY_CLASS: dict[tuple[str, str], list[tuple[str, Callable[[Any], Any]]]] = {}
 for _mime, _module, _name, _function in FORMATS:
@@ -126,7 +134,7 @@ def describe(value: Any) -> dict[str, Any]:
 def _json_value(value: Any) -> Any:
     if isinstance(value, bytes | bytearray):
         return base64.b64encode(value).decode()
-    return value if isinstance(value, str) or plain_json(value) is not None else scalar(value)
+    return value if isinstance(value, str) or _is_json(value) else scalar(value)
 
 
 def result_event(data: Mapping[str, Any], *, main: bool) -> dict[str, Any]:
@@ -145,4 +153,4 @@ def result_event(data: Mapping[str, Any], *, main: bool) -> dict[str, Any]:
 def _fits(texts: list[bytes]) -> bool:
     """In a frame, with room for what the event adds to it."""
     small = sum(map(len, texts)) <= wire.MAX_PAYLOAD_BYTES - 65_536
-    return small and sum(map(wire.json_items, texts)) <= wire.MAX_JSON_ITEMS - 1_000
+    return small and sum(map(wire.json_items, texts)) <= MAX_ITEMS
