@@ -18,7 +18,7 @@ from fumehood.config import Config
 from fumehood.runtime.microvm.proof import Proof
 from fumehood.runtime.microvm.selftest import prove
 
-MEMORY = {"memory_bytes": 128 << 20, "disk_bytes": 32 << 20}  # of each sandbox here: the smallest machine
+_POLICY = Path(__file__).with_name("small.toml")
 _COMMAND = [sys.executable, "-c", "from fumehood.cli import main; main()"]
 
 
@@ -33,6 +33,7 @@ def environment(assets: Path, tier: str = "qemu", **settings: str) -> dict[str, 
             link.symlink_to(assets / "microvm" / kind)
     # Emulated guests, on a machine that runs other tests too, whose supervisors know of no uids taken here.
     settings = {"FUMEHOOD_AGENT_TIMEOUT_S": "24", "FUMEHOOD_UID_BASE": "300000000", **settings}
+    settings = {"FUMEHOOD_DEFAULT_POLICY": str(_POLICY), **settings}
     env = {"FUMEHOOD_STATE_DIR": str(home / "state"), "FUMEHOOD_RUN_DIR": str(home / "run"), **settings}
     config = Config.load(env)
     with ahead.one_maker(f"proof-{tier}"):

@@ -11,7 +11,6 @@ from typing import Any
 
 import proven
 import pytest
-from proven import MEMORY
 
 from fumehood import AsyncSandbox, Sandbox
 from fumehood.client.engine import Engine
@@ -73,7 +72,7 @@ def kept(where: Where) -> Iterator[list[str]]:
 
 @pytest.fixture
 def box(where: Where) -> Iterator[Sandbox]:
-    with Sandbox(limits=MEMORY, **where) as sandbox:
+    with Sandbox(**where) as sandbox:
         yield sandbox
 
 
@@ -160,7 +159,7 @@ def test_what_was_discarded_serves_nobody_and_who_came_from_it_goes_on(where: Wh
 
 
 def test_the_list_is_newest_first_and_by_sandbox(where: Where, box: Sandbox, kept: list[str]) -> None:
-    with Sandbox(limits=MEMORY, **where) as other:
+    with Sandbox(**where) as other:
         kept += [box.snapshot().id, other.snapshot().id, box.snapshot().id]
         mine = Sandbox.snapshots(sandbox_id=box.id, **where)
         assert [snapshot.id for snapshot in mine] == [kept[2], kept[0]]
@@ -191,7 +190,7 @@ def test_forks_are_open_at_once_go_on_from_there_and_do_not_see_each_other(box: 
 
 
 def test_a_fork_of_a_fork_and_one_that_outlives_the_first(where: Where) -> None:
-    with Sandbox(limits=MEMORY, **where) as first:
+    with Sandbox(**where) as first:
         first.run("generation = 1")
         (second,) = first.fork(1)
     with second:
@@ -303,7 +302,7 @@ def test_an_unknown_snapshot_is_not_found(where: Where, box: Sandbox) -> None:
 
 
 async def test_the_async_face_does_the_same(where: Where, kept: list[str]) -> None:
-    async with AsyncSandbox(limits=MEMORY, **where) as box:
+    async with AsyncSandbox(**where) as box:
         await box.run("x = 1")
         snapshot = await box.snapshot()
         kept.append(snapshot.id)

@@ -159,7 +159,7 @@ def test_another_tenants_snapshots_are_as_if_they_were_not_h14(server: Served, b
     kept = server.do("snapshot", box).strip()
     key = server.do("keys", "create", "--tenant", "other").strip()
     theirs: dict[str, Any] = {"url": server.announced()["url"], "api_key": key}
-    with Sandbox(limits=proven.MEMORY, **theirs) as mine:
+    with Sandbox(**theirs) as mine:
         assert Sandbox.snapshots(**theirs) == Sandbox.snapshots(sandbox_id=box, **theirs) == []
         for call in (
             lambda: mine.rollback(kept),
