@@ -20,8 +20,6 @@ from fumehood.runtime.link import Link
 from fumehood.supervisor import Supervisor
 from service.opened import config
 
-pytestmark = pytest.mark.rootless
-
 
 async def linked(hello: dict[str, Any]) -> Link:
     """One to which that was said."""

@@ -13,7 +13,6 @@ from fumehood.agent import wire
 from fumehood.errors import Detached, SandboxGone
 from fumehood.runtime.link import Link
 
-pytestmark = pytest.mark.rootless
 HELLO = wire.encode_json(0, wire.HELLO, {"generation": wire.GENERATION})
 
 

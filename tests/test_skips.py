@@ -18,12 +18,10 @@ def test_fails_as_known(): assert False
 
 
 @pytest.fixture
-def suite(pytester: pytest.Pytester) -> pytest.Pytester:
+def suite(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # two seconds of each pytest
     pytester.makeconftest((Path(__file__).parent / "conftest.py").read_text())
-    pytester.makepyprojecttoml(
-        '[tool.pytest.ini_options]\nmarkers = ["root: x", "rootless: x", "data: x"]\n'
-        'asyncio_default_fixture_loop_scope = "function"\n'
-    )
+    pytester.makepyprojecttoml('[tool.pytest.ini_options]\nmarkers = ["root: x", "rootless: x", "data: x"]\n')
     return pytester
 
 

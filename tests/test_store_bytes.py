@@ -15,7 +15,6 @@ from fumehood.records import ExecutionRecord
 from fumehood.store import Store, schema
 from fumehood.store.changes import REPLIES_S, RESULTS_SLICE
 
-pytestmark = pytest.mark.rootless
 NOW = 1_000_000.0
 FOR_EVER, ALL = 1e6, 1 << 40
 WIDE = "é✓\0"  # 6 bytes, 3 characters

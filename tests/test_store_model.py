@@ -17,7 +17,6 @@ from fumehood.errors import Conflict, FumehoodError, InvalidInput, InvalidTransi
 from fumehood.records import ExecutionRecord, IdempotentReply, Recovered, SandboxRecord
 from fumehood.store import Store
 
-pytestmark = pytest.mark.rootless
 NAME, TENANT = st.sampled_from(["x", "y", "z"]), st.sampled_from(["a", "b"])
 STEPS = st.lists(
     st.one_of(

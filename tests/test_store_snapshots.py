@@ -13,7 +13,6 @@ from fumehood.errors import InvalidInput, NotFound
 from fumehood.records import SandboxRecord, SnapshotRecord
 from fumehood.store import Store, schema
 
-pytestmark = pytest.mark.rootless
 NOW = 1_000_000.0
 
 

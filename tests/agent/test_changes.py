@@ -11,7 +11,6 @@ import pytest
 
 from fumehood.agent import changes
 
-pytestmark = pytest.mark.rootless
 OLD_S = 1_000_000_000
 
 

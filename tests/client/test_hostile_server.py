@@ -20,7 +20,6 @@ from fumehood.errors import FileFault, FumehoodError, InvalidInput, PolicyError,
 from fumehood.model import Result
 from fumehood.policy.resolve import resolve
 
-pytestmark = pytest.mark.rootless
 GOOD = json.dumps(dataclasses.asdict(Result("ok", stdout="done"))).encode()
 
 

@@ -14,7 +14,6 @@ from fumehood import AsyncSandbox, Sandbox, Snapshot
 from fumehood.errors import InvalidInput, InvalidTransition, NotFound, SandboxGone, ServerUnreachable, Unsupported
 from http_server import Serving, serving
 
-pytestmark = pytest.mark.rootless
 KEPT = {"id": "p0123456789abcdef", "sandbox_id": SANDBOX["id"], "created_at": 5.0, "size_bytes": 7}
 Where = dict[str, Any]
 

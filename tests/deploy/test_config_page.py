@@ -8,11 +8,8 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-import pytest
-
 from fumehood.config import Config
 
-pytestmark = pytest.mark.rootless
 ROOT = Path(__file__).parents[2]
 
 

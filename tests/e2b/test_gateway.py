@@ -15,7 +15,6 @@ from e2b_server import HEADER_TIMEOUT_S, Server, eventually
 
 from e2b import RateLimitException, SandboxException
 
-pytestmark = pytest.mark.rootless
 Make = Callable[..., Sandbox]
 UNKNOWN = "s0000000000000000"
 POSTED = ("pause", "connect", "resume", "fork", "snapshots")

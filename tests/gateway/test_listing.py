@@ -15,7 +15,6 @@ from fumehood.agent import wire
 from fumehood.gateway.listing import MAX_ENTRIES, listed
 from fumehood.runtime.link import Link
 
-pytestmark = pytest.mark.rootless
 LARGE = {"path": "x" * (8 << 20)}
 
 

@@ -14,8 +14,6 @@ from spoken import GET, HEAD, LAST, SOON_S, UPGRADE, dribbled, refused, statuses
 
 from fumehood.gateway import connections, protocol
 
-pytestmark = pytest.mark.rootless
-
 
 @pytest.fixture
 async def small(tmp_path: Path) -> AsyncGenerator[Served]:

@@ -19,7 +19,6 @@ from bench.load.targets import TARGETS, verdicts
 from bench.load.tenants import Session, Tenant
 from bench.page import write as write_page
 
-pytestmark = pytest.mark.rootless
 Answer = Callable[[bytes], bytes]
 RESULT = {"status": "ok", "cause": "", "sandbox_id": "s1", "stdout": ""}
 

@@ -11,7 +11,6 @@ from fumehood.errors import InvalidInput, SetupFailed
 from fumehood.runtime.microvm import initramfs, kernel, stock
 from fumehood.runtime.microvm.assets import Assets
 
-pytestmark = pytest.mark.rootless
 GUEST = Path(kernel.__file__).with_name("guest")
 BASE, PVM = ((GUEST / name).read_text() for name in ("base.config", "pvm.config"))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated import Clock, simulate
@@ -13,8 +12,6 @@ from workshop import SETTINGS, STEPS, Thing, Workshop, row
 
 from fumehood.pool import Pool
 from fumehood.pool.breaker import LONGEST_S
-
-pytestmark = pytest.mark.rootless
 
 KEYS = st.sampled_from(["k", "a", "b"])
 HISTORIES = st.lists(

@@ -12,8 +12,6 @@ from hypothesis import strategies as st
 from fumehood.pool.breaker import FIRST_S, LONGEST_S, THRESHOLD, Breaker
 from fumehood.pool.plan import REST, Facts, Plan, PoolSettings, peak, plan
 
-pytestmark = pytest.mark.rootless
-
 NOW = 1000.0
 SETTINGS = PoolSettings(floor=2, ceiling=32, headroom=1.2, idle_s=30.0)
 QUIET = Facts((), (), 0, 0.1, -math.inf, 0, 32, Breaker())

@@ -13,7 +13,6 @@ from workshop import MAKE_S, SETTINGS, STEPS, Thing, Workshop, row
 
 from fumehood.pool import Pool
 
-pytestmark = pytest.mark.rootless
 FAULTS = ["raises at once", "raises", "hangs", "cancelled inside"]
 
 

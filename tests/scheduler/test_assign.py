@@ -11,8 +11,6 @@ from moment import MEMORY, NOW, UNTIMED, URGENT, Moment, before, moments, number
 
 from fumehood.scheduler import AGEING_S, PRIORITIES, RESERVE_AFTER_S, Ask, Capacity, Decision, Held, assign
 
-pytestmark = pytest.mark.rootless
-
 
 def aged(ask: Ask) -> bool:
     return NOW - ask.arrived_at >= RESERVE_AFTER_S

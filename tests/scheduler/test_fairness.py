@@ -13,8 +13,6 @@ from moment import CAPACITY, MEMORY, PRIORITY, UNTIMED, URGENT, Moment, before, 
 
 from fumehood.scheduler import RESERVE_AFTER_S, Ask, Capacity, Held
 
-pytestmark = pytest.mark.rootless
-
 
 @dataclass(frozen=True)
 class Job:

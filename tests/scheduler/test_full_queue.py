@@ -10,7 +10,7 @@ from waiters import ONE, outcomes, ticks, waiting
 from fumehood.errors import QueueFull
 from fumehood.scheduler import Capacity, Grant, Scheduler
 
-pytestmark = [pytest.mark.rootless, pytest.mark.usefixtures("nothing_is_left_unheard")]
+pytestmark = pytest.mark.usefixtures("nothing_is_left_unheard")
 
 
 async def test_a_full_queue_says_so_at_once():

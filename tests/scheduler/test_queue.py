@@ -14,7 +14,7 @@ from waiters import ONE, outcomes, ticks, waiting
 from fumehood.errors import DeadlineExceeded, Draining, InvalidInput
 from fumehood.scheduler import RESERVE_AFTER_S, Capacity, Grant, Scheduler, queue
 
-pytestmark = [pytest.mark.rootless, pytest.mark.usefixtures("nothing_is_left_unheard")]
+pytestmark = pytest.mark.usefixtures("nothing_is_left_unheard")
 H17_S = 0.25  # how late a deadline may be
 
 

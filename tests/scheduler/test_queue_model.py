@@ -6,7 +6,6 @@ import asyncio
 from collections import Counter
 from typing import Any
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from moment import PRIORITY, UNTIMED
@@ -15,7 +14,6 @@ from waiters import ticks
 from fumehood.errors import DeadlineExceeded, Draining, QueueFull
 from fumehood.scheduler import PRIORITIES, RESERVE_AFTER_S, Capacity, Grant, Scheduler
 
-pytestmark = pytest.mark.rootless
 CAPACITY = Capacity(places=3, memory_bytes=10, tenant_places=2)
 QUEUE_LIMIT = 4
 WHICH = st.integers(0, 9)

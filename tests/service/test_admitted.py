@@ -19,8 +19,6 @@ from fumehood.model import GIB, MIB, CodeRequest, ExecRequest
 from fumehood.records import KeyLimits
 from fumehood.service import CreateAsk, Service
 
-pytestmark = pytest.mark.rootless
-
 
 def sleeping(seconds: float, timeout_s: float | None = None) -> ExecRequest:
     return ExecRequest(("sleep", str(seconds)), timeout_s=timeout_s)

@@ -22,7 +22,6 @@ from fumehood.policy.load import preset_names
 from fumehood.policy.resolve import TEMPLATES
 from fumehood.service.asks import CEILINGS, MAX_METADATA_CHARS, Asks, CreateAsk, kind_of
 
-pytestmark = pytest.mark.rootless
 LATE = frozenset({"cpus", "memory_bytes", "pids"})
 CONFIG = Config(Path("/nowhere"), Path("/nowhere"), tier="native")
 SERVER = Asks(CONFIG, lambda tier: LATE)

@@ -7,13 +7,11 @@ import json
 import sqlite3
 from pathlib import Path
 
-import pytest
 from opened import ME, OTHER, opened, until
 
 from fumehood.model import MIB, CodeRequest
 from fumehood.service import CreateAsk
 
-pytestmark = pytest.mark.rootless
 PRINTED, RUNS = 200 * 1024, 40
 A_RESULT = PRINTED + 16 * 1024  # as JSON
 

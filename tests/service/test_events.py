@@ -15,8 +15,6 @@ from fumehood.model import CodeRequest
 from fumehood.records import EventRecord
 from fumehood.service import CreateAsk, Service
 
-pytestmark = pytest.mark.rootless
-
 
 def event(seq: int, tenant: str = "one") -> EventRecord:
     return EventRecord(seq, tenant, "s1", 0.0, "something", {"n": seq})

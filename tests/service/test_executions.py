@@ -21,7 +21,6 @@ from fumehood.scheduler import Capacity, Grant, Scheduler
 from fumehood.service.executions import MAX_KEPT_BYTES, Executions, Running, to_json
 from fumehood.store import Store
 
-pytestmark = pytest.mark.rootless
 OK = Result("ok", stdout="done")
 BUSY_S = 0.3
 

@@ -17,7 +17,6 @@ from fumehood.records import SnapshotRecord
 from fumehood.service import spec_json
 from fumehood.service.asks import MAX_METADATA_CHARS, Asks, CreateAsk
 
-pytestmark = pytest.mark.rootless
 SERVER = Asks(Config(Path("/nowhere"), Path("/nowhere"), tier="qemu"), lambda tier: frozenset({"cpus"}))
 SPEC = resolve("default", overrides={"limits": {"memory_bytes": 128 * MIB}}, env={"A": "1", "B": "2"})
 

@@ -15,7 +15,6 @@ from fumehood.policy.load import preset_names
 from fumehood.policy.resolve import digest, resolve
 from fumehood.service import spec_json
 
-pytestmark = pytest.mark.rootless
 TEXT = st.text(st.characters() | st.sampled_from(["\udce9", "\udc80"]), max_size=8)  # bytes that are no UTF-8 too
 PATHS = st.tuples(st.just("/home/user"), st.just("/tmp"))
 SPECS = st.builds(
