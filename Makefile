@@ -6,8 +6,8 @@ PYTEST_ARGS ?=
 
 help:
 	@echo "make demo   run the attacks of the demo in a sandbox, and show what held"
-	@echo "make test   the whole suite; by root: as root, then as an ordinary user. PYTEST_ARGS: only the tests it names"
-	@echo "            MACHINES=yes, by root: on microVMs and on cgroup v2, too; half an hour, a guest kernel is compiled"
+	@echo "make test   the whole suite; by root: as root, as an ordinary user, on microVMs, on cgroup v2, in 25 minutes."
+	@echo "            MACHINES=no: the first two, in half of it. PYTEST_ARGS: only the tests it names"
 	@echo "make check  ruff and pyright"
 	@echo "make bench  measure start and run times on this machine"
 	@echo "make lock   pin every dependency anew in requirements.lock"
