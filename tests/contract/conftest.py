@@ -1,6 +1,6 @@
 """One suite for every tier and both transports: fake and native in this process, native behind a real `fumehood serve`.
 
-`make test` runs it as root and as a user.
+`make test` runs it as root, and native as a user once more.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]
         yield server.where
 
 
-@pytest.fixture(params=["native", "fake", "http"])
+@pytest.fixture(params=[pytest.param("native", marks=pytest.mark.rootless), "fake", "http"])
 def where(request: pytest.FixtureRequest) -> dict[str, Any]:
     return request.getfixturevalue("served") if request.param == "http" else {"tier": request.param, "url": ""}
 

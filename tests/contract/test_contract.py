@@ -14,7 +14,6 @@ from fumehood import AsyncSandbox, Sandbox
 from fumehood.agent.wire import MAX_JSON_ITEMS
 from fumehood.errors import FileFault, InvalidInput, InvalidTransition, NotFound, SandboxGone
 
-pytestmark = pytest.mark.rootless
 Where = dict[str, Any]  # keyword arguments that say where a sandbox runs
 
 
