@@ -362,8 +362,7 @@ def test_extend_moves_the_end_both_ways_and_metadata_is_kept(where: Where) -> No
             box.run("1")
 
 
-def test_a_list_too_long_to_parse_cheaply_is_left_out_as_data_and_the_sandbox_lives(where: Where) -> None:
-    with Sandbox(**where, limits={"timeout_s": 120}) as box:  # an emulated processor takes half a minute for it
-        result = box.run(f"list(range({MAX_JSON_ITEMS}))")
-        assert result.status == "ok" and "application/json" not in result.results[-1].data
-        assert box.run("1 + 1").text == "2"
+def test_a_list_too_long_to_parse_cheaply_is_left_out_as_data_and_the_sandbox_lives(box: Sandbox) -> None:
+    result = box.run(f"list(range({MAX_JSON_ITEMS}))")
+    assert result.status == "ok" and "application/json" not in result.results[-1].data
+    assert box.run("1 + 1").text == "2"

@@ -12,7 +12,6 @@ _SLOW = "too little time for a processor that is emulated, thirteen times slower
 _DEAR = "ten seconds and more, for what has nothing to do with cgroups"
 LEFT_OUT: Mapping[str, str] = {
     "test_a_deadline_ends_the_run_and_the_sandbox_lives": _SLOW,
-    "test_a_list_too_long_to_parse_cheaply_is_left_out_as_data_and_the_sandbox_lives": _SLOW,
     "test_a_thread_bomb_is_stopped_at_the_pids_limit": _SLOW,
     "test_a_zip_bomb_meets_the_limits_of_memory_and_disk": _SLOW,
     "test_an_output_flood_is_ended_and_named": _SLOW,

@@ -109,7 +109,7 @@ def _current(assets: Assets, kind: str, name: str, fact: str, value: str) -> Man
 @contextlib.contextmanager
 def giving_way() -> Generator[None]:
     """To whatever else wants a processor, but for the cgroup v2 lane (tools/suite), which may end last."""
-    _weigh(15)
+    _weigh(10)
     try:
         yield
     finally:

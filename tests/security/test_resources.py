@@ -23,12 +23,12 @@ def rss() -> int:
 
 
 @pytest.fixture
-def bomb() -> Iterator[Sandbox]:
+def bomb(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
     """A small sandbox to attack in. Afterwards: the neighbour answers, the supervisor has not grown, nothing is left."""
     with Sandbox(tier="native") as neighbour:
         neighbour.run("1")
         descriptors, memory = open_descriptors(), rss()
-        box = Sandbox(tier="native", limits=LIMITS).open()
+        box = Sandbox(tier="native", limits=LIMITS | getattr(request, "param", {})).open()
         agent = pid_of(box)
         try:
             yield box
@@ -86,6 +86,7 @@ def test_a_memfd_does_not_escape_the_memory_limit(bomb: Sandbox) -> None:
     assert "through" not in result.stdout and result.status in ("oom", "syscall_refused"), result
 
 
+@pytest.mark.parametrize("bomb", [{"timeout_s": 30}], indirect=True, ids=[""])  # on an emulated processor it takes some
 def test_pipes_and_sockets_do_not_escape_the_descriptor_and_memory_limits(bomb: Sandbox) -> None:
     """Each pipe holds 64 KiB (1 MiB if asked), each socket pair its two buffers: bounded by RLIMIT_NOFILE, and charged."""
     code = """

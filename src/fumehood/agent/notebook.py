@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import traceback
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import IPython
@@ -24,7 +25,7 @@ from traitlets import ObjectName, Unicode
 from traitlets.config import Config
 
 from .python import Python, show_figures_left, user_frames
-from .rich import CHART, DATA, FORMATS, result_event
+from .rich import CHART, DATA, FORMATS, MAX_ITEMS, TEXT, result_event
 from .shells import interrupt_group, kill_all, ticks
 
 _IPYTHON = IPython.__path__[0]
@@ -148,6 +149,11 @@ def _config() -> Config:
     return config
 
 
+def _quick(printer: Callable[..., None]) -> Callable[..., None]:
+    """The same but for what is too long to be sent, of which repr() finds that out in a hundredth of the time."""
+    return lambda value, out, cycle: out.text(repr(value)) if len(value) > MAX_ITEMS else printer(value, out, cycle)
+
+
 class Notebook(Python):
     def __init__(self) -> None:
         super().__init__()
@@ -157,6 +163,9 @@ class Notebook(Python):
         warnings.filterwarnings("ignore", "To exit: use 'exit'")  # exit does work here
         self.shell.events.register("post_execute", show_figures_left)
         formatter: Any = self.shell.display_formatter
+        text = formatter.formatters[TEXT]
+        for cls in (dict, list, set, tuple):
+            text.for_type(cls, _quick(text.lookup_by_type(cls)))
         for cls in (_Data, _Chart):
             formatter.formatters[cls.format_type.default_value] = cls(parent=formatter)
         for mime, module, name, function in FORMATS:
