@@ -32,9 +32,8 @@ def environment(assets: Path, tier: str = "qemu", **settings: str) -> dict[str, 
         if not (link := home / "state/microvm" / kind).is_symlink():
             link.symlink_to(assets / "microvm" / kind)
     # Emulated guests, on a machine that runs other tests too, whose supervisors know of no uids taken here.
-    settings = {"FUMEHOOD_AGENT_TIMEOUT_S": "24", "FUMEHOOD_UID_BASE": "300000000", **settings}
-    settings = {"FUMEHOOD_DEFAULT_POLICY": str(_POLICY), **settings}
-    env = {"FUMEHOOD_STATE_DIR": str(home / "state"), "FUMEHOOD_RUN_DIR": str(home / "run"), **settings}
+    ours = {"FUMEHOOD_AGENT_TIMEOUT_S": "24", "FUMEHOOD_UID_BASE": "300000000", "FUMEHOOD_DEFAULT_POLICY": str(_POLICY)}
+    env = {"FUMEHOOD_STATE_DIR": str(home / "state"), "FUMEHOOD_RUN_DIR": str(home / "run"), **ours, **settings}
     config = Config.load(env)
     with ahead.one_maker(f"proof-{tier}"):
         if not (proof := Proof.load(config, tier)).proven:
