@@ -25,10 +25,8 @@ def init(start_agent: StartAgent) -> Client:
 
 
 def processes(agent: Client) -> list[str]:
-    """`pid state name` of every process but the one that looks."""
-    script = "import os\nfor p in sorted(filter(str.isdigit, os.listdir('/proc')), key=int):\n"
-    script += " s = open(f'/proc/{p}/stat').read()\n"
-    script += " if int(p) != os.getpid(): print(p, s.rsplit(')', 1)[1].split()[0])"
+    """The number of every process but the one that looks, zombies included."""
+    script = "import os\nfor p in filter(str.isdigit, os.listdir('/proc')):\n if int(p) != os.getpid(): print(p)"
     return agent.call("exec.start", argv=[sys.executable, "-c", script]).stdout.splitlines()
 
 
@@ -37,7 +35,7 @@ def test_it_is_pid_1_and_reaps_orphans(init: Client) -> None:
     for _ in range(5):
         init.sh("(sleep 0.05 &) ; (sleep 0.05 &)")
     time.sleep(0.3)
-    assert processes(init) == ["1 S"]
+    assert processes(init) == ["1"]
 
 
 def test_many_children_at_once_are_all_reaped_with_their_own_status(init: Client) -> None:
@@ -45,7 +43,7 @@ def test_many_children_at_once_are_all_reaped_with_their_own_status(init: Client
     for n, stream in streams.items():
         answer = init.finish(stream)
         assert answer.ok is not None and answer.ok["exit_code"] == n
-    assert processes(init) == ["1 S"]
+    assert processes(init) == ["1"]
 
 
 @pytest.mark.parametrize("number", ["STOP", "KILL", "INT", "TERM", "HUP", "CHLD", "PIPE", "ALRM", "SEGV", "35"])
