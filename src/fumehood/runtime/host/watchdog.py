@@ -81,25 +81,24 @@ class Watch:
         """By pid namespace or by descent, since either alone has a hole.
 
         A namespace's link is unreadable for a process that another security module guards, and differs in a nested
-        one; who was orphaned while its parent's children were read is no longer among them. Only who belongs is read:
-        all of a host's processes, twenty times a second, would be a tenth of a processor for each sandbox.
+        one; a parent read before its child was orphaned no longer leads to init.
         """
-        init = _process(self.pid)
+        # Parents first: a child that is reaped meanwhile is missed once, not counted twice, for its figures move up.
+        pids = sorted(int(name) for name in os.listdir("/proc") if name.isdigit())
+        everyone = {pid: process for pid in pids if (process := _process(pid)) is not None}
+        init = everyone.get(self.pid)
         if init is None or init.started != self._started:
             return {}
-        inside = {pid for pid in _pids() if self._belongs(pid)} | {self.pid}
+        inside = {pid for pid in everyone if self._namespace and _namespace(pid) == self._namespace} | {self.pid}
+        children: dict[int, list[int]] = {}
+        for pid, process in everyone.items():
+            children.setdefault(process.parent, []).append(pid)
         unseen = list(inside)
         while unseen:
-            found = _children(unseen.pop()) - inside
+            found = set(children.get(unseen.pop(), ())) - inside
             inside |= found
             unseen += found
-        # Parents first: a child that is reaped meanwhile is missed once, not counted twice, for its figures move up.
-        read = {pid: process for pid in sorted(inside) if (process := _process(pid)) is not None}
-        # Again, as a number may be another's by now.
-        return {pid: p for pid, p in read.items() if pid == self.pid or p.parent in inside or self._belongs(pid)}
-
-    def _belongs(self, pid: int) -> bool:
-        return bool(self._namespace) and _namespace(pid) == self._namespace
+        return {pid: everyone[pid] for pid in sorted(inside)}
 
 
 def verdict(stats: Stats, limits: Limits) -> Status | None:
@@ -166,19 +165,6 @@ def _io(pid: int) -> tuple[int, int]:
     """Bytes that reached a disk; children that were waited for are in their parent's."""
     fields = dict(line.split(": ") for line in _read(pid, "io").splitlines())
     return int(fields.get("read_bytes", 0)), int(fields.get("write_bytes", 0))
-
-
-def _pids() -> list[int]:
-    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
-
-
-def _children(pid: int) -> set[int]:
-    """Of each of its threads (proc_tid_children(5); CONFIG_PROC_CHILDREN, which distributions have)."""
-    try:
-        threads = os.listdir(f"/proc/{pid}/task")
-    except _VANISHED:
-        return set()
-    return {int(child) for thread in threads for child in _read(pid, f"task/{thread}/children").split()}
 
 
 def _namespace(pid: int) -> str:
