@@ -51,8 +51,8 @@ def supervisor(run_dir: Path, code: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(argv, env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
 
-def logs(run_dir: Path) -> bytes:
-    return b"".join(path.read_bytes() for path in run_dir.glob("instances/*/*.log"))
+def logs(run_dir: Path) -> str:
+    return "".join(path.read_text() for path in run_dir.glob("instances/*/*.log"))
 
 
 def next_supervisor_finds_nothing(run_dir: Path, below: set[int]) -> None:
@@ -70,10 +70,10 @@ def test_a_supervisor_that_is_killed_while_a_sandbox_stands_at_each_step_leaves_
     run_dir = tmp_path / "run"
     dying = supervisor(run_dir, "for line in sys.stdin: stand_at(line.strip())")
     assert dying.stdin is not None
-    for step, paused in {step: f"paused at {step}\n".encode() for step in STEPS}.items():
+    for step in STEPS:
         dying.stdin.write(f"{step}\n".encode())
         dying.stdin.flush()
-        until(lambda paused=paused: paused in logs(run_dir), f"none ever stood at {step}")
+        until(lambda step=step: f"paused at {step}\n" in logs(run_dir), f"none ever stood at {step}")
     below = descendants(dying.pid) - {dying.pid}
     assert len(below) >= 2 + len(STEPS)  # the waiter, the zygote, the sandboxes
     dying.kill()

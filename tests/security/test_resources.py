@@ -86,7 +86,7 @@ def test_a_memfd_does_not_escape_the_memory_limit(bomb: Sandbox) -> None:
     assert "through" not in result.stdout and result.status in ("oom", "syscall_refused"), result
 
 
-@pytest.mark.parametrize("bomb", [{"timeout_s": 30}], indirect=True, ids=[""])  # on an emulated processor it takes some
+@pytest.mark.parametrize("bomb", [{"timeout_s": 30}], indirect=True)  # on an emulated processor it takes some
 def test_pipes_and_sockets_do_not_escape_the_descriptor_and_memory_limits(bomb: Sandbox) -> None:
     """Each pipe holds 64 KiB (1 MiB if asked), each socket pair its two buffers: bounded by RLIMIT_NOFILE, and charged."""
     code = """
